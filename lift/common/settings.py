@@ -1,0 +1,194 @@
+"""Settings are dataclasses filled from YAML files and the command line by jsonargparse.
+
+YAML strings may hold `${NAME}` or `${NAME:-default}` for environment variables, so that no recipe contains a machine's
+paths. Unknown keys are errors that name the nearest valid key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from lift.common.errors import UserError
+from lift.common.files import write_text
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+Settings = TypeVar("Settings")
+_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^}]*))?\}")
+
+
+def parse_settings(
+    settings_class: type[Settings], arguments: list[str], prog: str, description: str, positional: bool = False
+) -> Settings:
+    """Fills `settings_class` from `--config FILE` (repeatable, later files win) and `--key value` (wins over files).
+
+    Args:
+        positional: required fields are given by position instead of by name (the dataclass must not be `kw_only`).
+    Raises:
+        UserError: unreadable file, unknown key, value of the wrong type, missing key.
+    """
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file with settings; repeatable")
+    parser.add_class_arguments(settings_class, as_group=False, as_positional=positional, sub_configs=False)
+    files, rest = _split_config_files(arguments)
+    _check_option_names(settings_class, rest)
+    merged: dict[str, Any] = {}
+    for file in files:
+        merged = _merge(merged, load_yaml(Path(file), settings_class))
+    try:
+        if merged:
+            parser.set_defaults(_flatten(settings_class, merged))
+        namespace = parser.parse_args(rest)
+        namespace.pop("config")
+        values = parser.instantiate(namespace)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, SystemExit) and error.code in (0, None):
+            raise
+        raise UserError(f"{prog}: {' '.join(str(error).split())} (see {prog} --help)") from error
+    try:
+        return settings_class(**vars(values))
+    except ValueError as error:
+        raise UserError(f"{prog}: {error}") from error
+
+
+def load_yaml(path: Path, settings_class: type) -> dict[str, Any]:
+    """Reads a settings file; raises UserError when it is missing, not YAML, has an unknown key or an unset variable."""
+    if not path.is_file():
+        raise UserError(f"{path}: expected a YAML settings file, but there is no such file. Check the path after --config.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines, found a {type(values).__name__}.")
+    check_keys(settings_class, values, str(path))
+    return _expand_variables(values, path)
+
+
+def check_keys(settings_class: type, values: dict[str, Any], where: str, prefix: str = "") -> None:
+    """Raises UserError at the first key of `values` that `settings_class` does not have, naming the nearest one."""
+    fields = _field_types(settings_class)
+    for key, value in values.items():
+        if key not in fields:
+            raise UserError(f"{where}: unknown key '{prefix}{key}'. {nearest(prefix + str(key), [prefix + f for f in fields])}")
+        nested = _dataclass_in(fields[key])
+        for item in value if isinstance(value, list) else [value]:
+            if nested is not None and isinstance(item, dict):
+                check_keys(nested, item, where, f"{prefix}{key}.")
+
+
+def nearest(name: str, valid: list[str]) -> str:
+    matches = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"Did you mean '{matches[0]}'?" if matches else f"Valid keys: {', '.join(sorted(valid))}."
+
+
+def save_settings(settings: Any, path: Path) -> None:
+    """Writes the resolved settings as YAML; the file can be given back with `--config`."""
+    write_text(path, yaml.safe_dump(to_plain(settings), sort_keys=False, allow_unicode=True))
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses to dicts, paths to strings, recursively."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _split_config_files(arguments: list[str]) -> tuple[list[str], list[str]]:
+    files, rest, index = [], [], 0
+    while index < len(arguments):
+        if arguments[index] == "--config":
+            if index + 1 == len(arguments):
+                raise UserError("--config: expected a YAML file after it, found nothing.")
+            files.append(arguments[index + 1])
+            index += 2
+        elif arguments[index].startswith("--config="):
+            files.append(arguments[index].removeprefix("--config="))
+            index += 1
+        else:
+            rest.append(arguments[index])
+            index += 1
+    return files, rest
+
+
+def _check_option_names(settings_class: type, arguments: list[str]) -> None:
+    valid = [*_option_names(settings_class), "help", "print_config"]
+    for argument in arguments:
+        if argument.startswith("--"):
+            name = argument[2:].partition("=")[0].removesuffix("+").removesuffix(".help")
+            if name not in valid:
+                raise UserError(f"unknown option '--{name}'. {nearest(name, valid)}")
+
+
+def _option_names(settings_class: type, prefix: str = "") -> list[str]:
+    names = []
+    for name, annotation in _field_types(settings_class).items():
+        names.append(prefix + name)
+        nested = _dataclass_in(annotation)
+        if nested is not None:
+            names += _option_names(nested, f"{prefix}{name}.")
+    return names
+
+
+def _field_types(settings_class: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(settings_class)
+    return {field.name: hints[field.name] for field in dataclasses.fields(settings_class)}  # type: ignore[arg-type]
+
+
+def _dataclass_in(annotation: Any) -> type | None:
+    """The dataclass in `X`, `X | None` or `list[X]`, if there is one."""
+    for candidate in (annotation, *typing.get_args(annotation)):
+        if isinstance(candidate, type) and dataclasses.is_dataclass(candidate):
+            return candidate
+    return None
+
+
+def _flatten(settings_class: type, values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts of dataclass fields to dotted keys, which is how the parser knows them."""
+    fields = _field_types(settings_class)
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        annotation = fields[key]
+        if isinstance(value, dict) and isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+            flat |= _flatten(annotation, value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _merge(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(first)
+    for key, value in second.items():
+        both_dicts = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both_dicts else value
+    return merged
+
+
+def _expand_variables(value: Any, path: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand_variables(item, path) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_expand_variables(item, path) for item in value]
+    if not isinstance(value, str):
+        return value
+
+    def replace(match: re.Match[str]) -> str:
+        found = os.environ.get(match[1], match[2])
+        if found is None:
+            raise UserError(f"{path}: '{value}' needs the environment variable {match[1]}. Set it: export {match[1]}=...")
+        return found
+
+    return _VARIABLE.sub(replace, value)
