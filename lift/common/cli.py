@@ -9,6 +9,7 @@ import importlib
 import sys
 import traceback
 from dataclasses import dataclass
+from typing import Any
 
 from lift.common.errors import UserError
 from lift.common.settings import nearest, parse_settings
@@ -34,11 +35,13 @@ def run_command(prog: str, commands: dict[str, Command], arguments: list[str] | 
         if arguments[0] not in commands:
             raise UserError(f"{prog}: unknown command '{arguments[0]}'. {nearest(arguments[0], list(commands))}")
         command = commands[arguments[0]]
-        settings = parse_settings(
+        settings: Any = parse_settings(
             command.settings, arguments[1:], f"{prog} {arguments[0]}", command.settings.__doc__ or "", command.positional
         )
         module, function = command.target.split(":")
-        getattr(importlib.import_module(module), function)(settings)
+        run = getattr(importlib.import_module(module), function)
+        _quiet_transformers()
+        run(settings)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -47,12 +50,22 @@ def run_command(prog: str, commands: dict[str, Command], arguments: list[str] | 
         return 130
     except Exception:
         traceback.print_exc()
-        print("This looks like a fault of the toolkit, not of your input. Please report it with the lines above.", file=sys.stderr)
+        print("This is a fault of the toolkit, not of your input. Please report it with the lines above.", file=sys.stderr)
         return 1
     return 0
 
 
+def _quiet_transformers() -> None:
+    """Leaves the terminal to our own progress bars; what transformers would only warn of, the rooms check themselves."""
+    if "transformers" in sys.modules:
+        logging = importlib.import_module("transformers.utils.logging")
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
 def _overview(prog: str, commands: dict[str, Command]) -> str:
     width = max(map(len, commands))
-    lines = [f"  {name:<{width}}  {(command.settings.__doc__ or '').splitlines()[0]}" for name, command in commands.items()]
-    return "\n".join([f"usage: {prog} COMMAND [--config FILE] [--key value ...]", "", *lines, "", f"{prog} COMMAND --help lists its settings."])
+    first_lines = {name: (command.settings.__doc__ or "").splitlines()[0] for name, command in commands.items()}
+    lines = [f"  {name:<{width}}  {line}" for name, line in first_lines.items()]
+    usage = f"usage: {prog} COMMAND [--config FILE] [--key value ...]"
+    return "\n".join([usage, "", *lines, "", f"{prog} COMMAND --help lists its settings."])

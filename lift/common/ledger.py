@@ -21,13 +21,16 @@ class DropLedger:
     def __len__(self) -> int:
         return len(self._cause_by_key)
 
+    def rows(self) -> list[tuple[str, str, str]]:
+        """(key, cause, detail), sorted by key."""
+        return [(key, cause, detail) for key, (cause, detail) in sorted(self._cause_by_key.items())]
+
     def counts(self) -> dict[str, int]:
         return dict(Counter(cause for cause, _ in self._cause_by_key.values()).most_common())
 
     def write(self, path: Path) -> None:
         """One JSON object a line: `key`, `cause`, `detail`. An empty ledger writes an empty file: the run was looked at."""
-        rows = ({"key": k, "cause": c, "detail": d} for k, (c, d) in sorted(self._cause_by_key.items()))
-        write_jsonl(path, rows)
+        write_jsonl(path, ({"key": key, "cause": cause, "detail": detail} for key, cause, detail in self.rows()))
 
     def summary(self, total: int) -> str:
         if not self._cause_by_key:

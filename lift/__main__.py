@@ -1,0 +1,22 @@
+"""The `lift` command."""
+
+from __future__ import annotations
+
+import sys
+
+from lift.common.cli import Command, run_command
+from lift.settings import EmbedSettings, ExportSettings, PretrainSettings
+
+COMMANDS = {
+    "embed": Command(EmbedSettings, "lift.embed:embed"),
+    "pretrain": Command(PretrainSettings, "lift.train:pretrain"),
+    "export": Command(ExportSettings, "lift.export:export"),
+}
+
+
+def main() -> int:
+    return run_command("lift", COMMANDS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

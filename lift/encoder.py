@@ -1,0 +1,128 @@
+"""An encoder folder, loaded for evaluation: images and texts in, L2-normalised float32 features of one space out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPTextModelWithProjection, CLIPVisionModel
+
+from lift.common.errors import UserError
+from lift.common.files import read_json, require_folder, sha256_folder
+from lift.model import class_token_feature, mean_patch_feature
+from lift.settings import TextEncoderSettings
+from lift.text_encoders import describe_text_encoder, load_text_encoder
+from lift.text_side import TrainedTextSide
+from lift.transforms import TextTransform
+
+
+class Encoder:
+    """Image and text features of an exported encoder folder, LIFT or CLIP."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = require_folder(folder, "an encoder folder (lift export)")
+        self.config = read_json(folder / "lift_config.json", "the description of an encoder folder (lift export)")
+        self.is_clip = self.config["objective"] == "clip"
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.processor = CLIPImageProcessorPil.from_pretrained(folder)
+        self.vision = load_checked(CLIPVisionModel, folder).eval().to(self.device)
+        weights = load_file(folder / "lift_head.safetensors")
+        width, dimension = self.vision.config.hidden_size, self.embedding_dim
+        self.head: nn.Module = (
+            nn.Linear(width, dimension, bias=False)
+            if self.is_clip
+            else nn.Sequential(nn.Linear(width, dimension), nn.GELU(), nn.Linear(dimension, dimension))
+        )
+        _load_prefixed(self.head, weights, "head.")
+        self.head.eval().to(self.device)
+        self.text_transform = TextTransform(self.config["text_transform"], dimension)
+        if not self.is_clip:
+            _load_prefixed(self.text_transform, weights, "text_transform.")
+
+    @property
+    def embedding_dim(self) -> int:
+        return int(self.config["embedding_dim"])
+
+    @cached_property
+    def content_hash(self) -> str:
+        return sha256_folder(self.folder)
+
+    @torch.inference_mode()
+    def encode_images(self, images: Sequence[Image.Image], batch_size: int = 64, progress: str | None = None) -> np.ndarray:
+        """float32 [N, D], L2-normalised, in the order given; images of any mode are converted to RGB."""
+        feature = class_token_feature if self.is_clip else mean_patch_feature
+        out = np.empty((len(images), self.embedding_dim), np.float32)
+        for start in tqdm(range(0, len(images), batch_size), desc=progress, disable=progress is None, leave=False):
+            batch = [image.convert("RGB") for image in images[start : start + batch_size]]
+            pixels_B3HW = self.processor(images=batch, return_tensors="pt")["pixel_values"].to(self.device)
+            features_BD = F.normalize(self.head(feature(self.vision, pixels_B3HW)), dim=-1)
+            out[start : start + len(batch)] = features_BD.cpu().numpy()
+        return out
+
+    @torch.inference_mode()
+    def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> np.ndarray:
+        """float32 [N, D], L2-normalised, in the order given.
+
+        Raises:
+            UserError: the text encoder that a LIFT encoder was aligned to is not where it was, or has changed.
+        """
+        if not self.is_clip:
+            raw_ND = torch.from_numpy(self._text_encoder.encode(list(texts)))
+            # the store holds float16, so that is what the encoder was aligned to
+            return self.text_transform(raw_ND.half().float()).numpy()
+        tower, side = self._text_tower
+        batches = []
+        for start in range(0, len(texts), batch_size):
+            batch = side([], list(texts[start : start + batch_size]))
+            tokens = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            batches.append(F.normalize(tower(**tokens).text_embeds, dim=-1).cpu().numpy())
+        return np.concatenate(batches) if batches else np.empty((0, self.embedding_dim), np.float32)
+
+    @cached_property
+    def _text_encoder(self) -> Any:
+        text = self.config["text"]
+        settings = TextEncoderSettings(**{name: value for name, value in text.items() if name != "revision"})
+        found = describe_text_encoder(settings)["revision"]
+        if found != text["revision"]:
+            raise UserError(
+                f"{self.folder}: was aligned to the text encoder {text['path'] or text['kind']} with revision "
+                f"{text['revision'][:12]}, found {found[:12]}. Put that text encoder back."
+            )
+        return load_text_encoder(settings)
+
+    @cached_property
+    def _text_tower(self) -> tuple[CLIPTextModelWithProjection, TrainedTextSide]:
+        folder = self.folder / "text_tower"
+        tower = load_checked(CLIPTextModelWithProjection, folder).eval().to(self.device)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        return tower, TrainedTextSide(tokenizer, tower.config.max_position_embeddings)
+
+
+def load_encoder(folder: Path) -> Encoder:
+    """Raises UserError when `folder` is not a whole encoder folder."""
+    return Encoder(folder)
+
+
+def load_checked(model_class: Any, folder: Path) -> Any:
+    """`from_pretrained` in float32 that refuses missing and unexpected weights, of which transformers only warns."""
+    try:
+        model, info = model_class.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: expected a {model_class.__name__} folder: {error}") from error
+    faults = {name: sorted(info[name])[:3] for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[name]}
+    if faults:
+        raise UserError(f"{folder}: weights do not fit {model_class.__name__}: {faults}. The folder was not written whole.")
+    return model
+
+
+def _load_prefixed(module: nn.Module, weights: dict[str, torch.Tensor], prefix: str) -> None:
+    module.load_state_dict({name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)})

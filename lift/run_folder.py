@@ -1,0 +1,112 @@
+"""The run folder of a pretraining: resolved settings, environment, metrics, checkpoints, drop ledger.
+
+Everything a later call needs to go on exactly where this one stopped, and everything a reader needs to trust its numbers.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from lift.common.environment import describe_environment
+from lift.common.errors import UserError
+from lift.common.files import atomic_folder, read_json, read_jsonl, write_json, write_jsonl
+from lift.common.ledger import DropLedger
+from lift.common.settings import save_settings, to_plain
+from lift.settings import PretrainSettings
+
+FREE_TO_CHANGE = frozenset({"workers", "log_every", "checkpoint_every", "max_drop_fraction"})
+"""Settings that do not change the weights; a run may be continued with others."""
+CHECKPOINTS_KEPT = 2
+
+
+def open_run(settings: PretrainSettings) -> None:
+    """Creates the run folder, or checks that the one that is there was started with the same settings.
+
+    Raises:
+        UserError: the folder holds a run with other settings; the first differing key is named.
+    """
+    saved = settings.out / "config.yaml"
+    if saved.is_file():
+        before, now = yaml.safe_load(saved.read_text()), to_plain(settings)
+        for key in sorted(now.keys() - FREE_TO_CHANGE):
+            if before.get(key) != now[key]:
+                raise UserError(
+                    f"{settings.out}: holds a run with {key}={before.get(key)}, this call says {now[key]}. "
+                    "Give another --out, or delete that folder."
+                )
+    save_settings(settings, saved)
+    write_json(settings.out / "environment.json", describe_environment())
+
+
+def finished(run: Path) -> dict[str, Any] | None:
+    """The summary of a finished run, else None."""
+    path = run / "finished.json"
+    return read_json(path) if path.is_file() else None
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted((run / "checkpoints").glob("step_" + "[0-9]" * 8))
+
+
+def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ledger: DropLedger) -> None:
+    """Writes model, optimizer, data position (the step) and ledger beside and renames; older ones beyond two are removed."""
+    with atomic_folder(run / "checkpoints" / f"step_{step:08d}") as folder:
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+        torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+        ledger.write(folder / "dropped.jsonl")
+        write_json(folder / "state.json", {"step": step})
+    for old in checkpoints(run)[:-CHECKPOINTS_KEPT]:
+        shutil.rmtree(old)
+
+
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, ledger: DropLedger) -> int:
+    """Fills model, optimizer and ledger; returns the number of steps done."""
+    model.load_state_dict(load_file(folder / "model.safetensors"))
+    if optimizer is not None:
+        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+    for row in read_jsonl(folder / "dropped.jsonl"):
+        ledger.drop(row["key"], row["cause"], row["detail"])
+    return int(read_json(folder / "state.json")["step"])
+
+
+class Metrics:
+    """`metrics.jsonl` and TensorBoard events; rows after the step that a run resumes from are taken back."""
+
+    def __init__(self, run: Path, first_step: int) -> None:
+        path = run / "metrics.jsonl"
+        if path.is_file():
+            write_jsonl(path, [row for row in _whole_rows(path) if row["step"] <= first_step])
+        self._file = path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
+
+    def log(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if isinstance(value, float):
+                self._board.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def _whole_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file whose last line may have been cut by a kill."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
