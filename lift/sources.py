@@ -104,15 +104,17 @@ def _read_webdataset(source: SourceSettings, ledger: DropLedger) -> Iterator[Sha
 def _tar_members(tar: Path) -> dict[str, dict[str, tuple[int, int]]]:
     """stem -> suffix -> (offset, size) of the regular members of an uncompressed tar."""
     members: dict[str, dict[str, tuple[int, int]]] = {}
+    end = 0
     try:
         with tarfile.open(tar, "r:") as archive:
             for member in archive:
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if member.isfile():
                     stem, _, suffix = member.name.rpartition("/")[2].partition(".")
                     members.setdefault(stem, {})[suffix.lower()] = (member.offset_data, member.size)
-                    end = member.offset_data + member.size
-                    if end > tar.stat().st_size:
-                        raise tarfile.ReadError(f"member {member.name} ends at byte {end}, the file at {tar.stat().st_size}")
+        # tarfile takes a file that was cut off for one that ends there; only the mark of the end tells them apart
+        if ImageLocation(tar, end, tarfile.BLOCKSIZE).read() != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError(f"the mark of its end is missing at byte {end} of {tar.stat().st_size}")
     except tarfile.TarError as error:
         raise UserError(f"{tar}: not a whole, uncompressed tar: {error}. Fetch the file again or remove it.") from error
     return members

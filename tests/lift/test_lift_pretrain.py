@@ -1,0 +1,232 @@
+"""`lift pretrain` end to end on a tiny model: resume, equal start, damaged images, export that plain transformers loads."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import encoded, noise_image, write_tar
+
+from lift.common.errors import UserError
+from lift.encoder import load_encoder
+from lift.model import LiftModel, mean_patch_feature, vision_config
+from lift.run_folder import checkpoints
+from lift.settings import ClipTextSettings, PretrainSettings, SourceSettings, TextEncoderSettings, VisionSettings
+from lift.train import learning_rate_at, pretrain
+from lift.transforms import TextTransform
+
+
+def settings_for(pairs: Path, llm: Path, out: Path, objective: str = "contrastive") -> PretrainSettings:
+    return PretrainSettings(
+        data=[SourceSettings(kind="webdataset", path=pairs)],
+        out=out,
+        objective=objective,  # type: ignore[arg-type]
+        text_encoder=TextEncoderSettings(kind="causal_lm", path=str(llm)),
+        text_transform="whiten",
+        vision=VisionSettings(image_size=16, patch_size=8, width=16, layers=2, heads=2),
+        clip_text=ClipTextSettings(width=16, layers=1, heads=2, context_length=16, embedding_dim=16, vocabulary_size=300),
+        batch_size=8,
+        epochs=4,
+        log_every=1,
+        checkpoint_every=3,
+        workers=0,
+    )
+
+
+def rows(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("objective", ["contrastive", "cosine", "clip"])
+def test_resumed_run_equals_uninterrupted_one(
+    pairs: Path, tiny_llm: Path, tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pretrain(settings_for(pairs, tiny_llm, tmp_path / "whole", objective))
+    cut = settings_for(pairs, tiny_llm, tmp_path / "cut", objective)
+    from lift.train import _Loop
+
+    step = _Loop._step
+
+    def dies_at_step_seven(self: _Loop, number: int, batch: object) -> dict:
+        if number == 7:
+            raise Killed
+        return step(self, number, batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(_Loop, "_step", dies_at_step_seven)
+    with pytest.raises(Killed):
+        pretrain(cut)
+    assert [path.name for path in checkpoints(cut.out)] == ["step_00000003", "step_00000006"]
+    assert not (cut.out / "encoder").exists()
+    monkeypatch.undo()
+    pretrain(replace(cut, workers=2))
+    whole, again = (load_file(checkpoints(tmp_path / run)[-1] / "model.safetensors") for run in ("whole", "cut"))
+    assert whole.keys() == again.keys()
+    for name in whole:
+        assert torch.equal(whole[name], again[name]), name
+    volatile = ("samples_per_second", "data_wait_share")
+    assert [{k: v for k, v in row.items() if k not in volatile} for row in rows(tmp_path / "whole")] == [
+        {k: v for k, v in row.items() if k not in volatile} for row in rows(tmp_path / "cut")
+    ]
+
+
+def test_lift_and_clip_log_the_same_keys_and_both_learn(pairs: Path, tiny_llm: Path, tmp_path: Path) -> None:
+    for objective in ("contrastive", "clip"):
+        pretrain(settings_for(pairs, tiny_llm, tmp_path / objective, objective))
+    lift, clip = rows(tmp_path / "contrastive"), rows(tmp_path / "clip")
+    assert [row["keys"] for row in lift] == [row["keys"] for row in clip]
+    assert len({row["keys"] for row in lift}) == len(lift) == 12
+    for run in (lift, clip):
+        assert run[-1]["loss"] < run[0]["loss"]
+    start_lift, start_clip = (json.loads((tmp_path / run / "finished.json").read_text()) for run in ("contrastive", "clip"))
+    assert start_lift["steps"] == start_clip["steps"] == 12
+
+
+def test_finished_run_is_reused_and_other_settings_are_refused(
+    pairs: Path, tiny_llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = settings_for(pairs, tiny_llm, tmp_path / "run")
+    pretrain(settings)
+    written = (settings.out / "encoder" / "model.safetensors").stat().st_mtime_ns
+    pretrain(replace(settings, workers=1))
+    assert "reused" in capsys.readouterr().out
+    assert (settings.out / "encoder" / "model.safetensors").stat().st_mtime_ns == written
+    with pytest.raises(UserError, match="learning_rate"):
+        pretrain(replace(settings, learning_rate=0.5))
+
+
+def test_damaged_image_is_dropped_by_name_and_too_many_fail_the_run(tiny_llm: Path, tmp_path: Path) -> None:
+    members: dict[str, bytes] = {}
+    for i in range(16):
+        whole = encoded(noise_image(i, (64, 64)), "jpeg")
+        members[f"{i}.jpg"] = whole[: len(whole) // 3] if i == 5 else whole
+        members[f"{i}.txt"] = f"caption {i}".encode()
+    write_tar(tmp_path / "pairs" / "0.tar", members)
+    settings = replace(settings_for(tmp_path / "pairs", tiny_llm, tmp_path / "run"), max_drop_fraction=0.1)
+    pretrain(settings)
+    (row,) = [json.loads(line) for line in (settings.out / "dropped.jsonl").read_text().splitlines()]
+    assert (row["key"], row["cause"]) == ("webdataset/5", "undecodable image")
+    strict = replace(settings, out=tmp_path / "strict", embeddings=None, max_drop_fraction=0.01)
+    with pytest.raises(UserError, match="dropped 1 of 16 samples: 1 undecodable image"):
+        pretrain(strict)
+    assert not (tmp_path / "strict" / "encoder").exists()
+    assert not (tmp_path / "strict" / "finished.json").exists()
+
+
+def test_learning_rate_follows_the_official_schedule(pairs: Path, tiny_llm: Path, tmp_path: Path) -> None:
+    settings = replace(settings_for(pairs, tiny_llm, tmp_path), learning_rate=1.0, warmup_steps=500)
+    assert learning_rate_at(0, 10_000, settings) == 1 / 500
+    assert learning_rate_at(499, 10_000, settings) == 1.0
+    assert learning_rate_at(500 + 4750, 10_000, settings) == pytest.approx(0.5)
+    assert learning_rate_at(9_999, 10_000, settings) < 1e-6
+
+
+PLAIN = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("lift", "lmm", "eval", "demo"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Block())
+try:
+    import lift
+    raise SystemExit("lift is importable")
+except ModuleNotFoundError:
+    pass
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor, CLIPVisionModel
+folder, out = sys.argv[1:]
+model, info = CLIPVisionModel.from_pretrained(folder, output_loading_info=True)
+assert not any(info.values()), info
+pixels = CLIPImageProcessor.from_pretrained(folder)(images=Image.new("RGB", (20, 16), (200, 30, 90)), return_tensors="pt")
+torch.save(model(**pixels).last_hidden_state.detach(), out)
+"""
+
+
+@pytest.mark.parametrize("objective", ["contrastive", "clip"])
+def test_encoder_folder_loads_in_plain_transformers(pairs: Path, tiny_llm: Path, tmp_path: Path, objective: str) -> None:
+    from PIL import Image
+
+    pretrain(settings_for(pairs, tiny_llm, tmp_path / "run", objective))
+    folder = tmp_path / "run" / "encoder"
+    subprocess.run([sys.executable, "-c", PLAIN, str(folder), str(tmp_path / "out.pt")], check=True, cwd=tmp_path)
+    tokens_1LW = torch.load(tmp_path / "out.pt", weights_only=True)
+    encoder = load_encoder(folder)
+    image = Image.new("RGB", (20, 16), (200, 30, 90))
+    with torch.no_grad():
+        pixels = encoder.processor(images=image, return_tensors="pt")["pixel_values"]
+        torch.testing.assert_close(encoder.vision(pixel_values=pixels).last_hidden_state, tokens_1LW, atol=2e-2, rtol=0)
+    assert set(load_file(folder / "model.safetensors")) == {
+        f"vision_model.{name}" for name in encoder.vision.state_dict() if "position_ids" not in name
+    }
+    features = encoder.encode_images([image, noise_image(3)])
+    texts = encoder.encode_texts(["a", "b", "c"])
+    assert features.shape == (2, texts.shape[1])
+    np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(texts, axis=1), 1, atol=1e-5)
+
+
+def test_encoder_whose_text_encoder_changed_is_refused(pairs: Path, tiny_llm: Path, tmp_path: Path) -> None:
+    import shutil
+
+    shutil.copytree(tiny_llm, tmp_path / "llm")
+    pretrain(settings_for(pairs, tmp_path / "llm", tmp_path / "run"))
+    encoder = load_encoder(tmp_path / "run" / "encoder")
+    with (tmp_path / "llm" / "tokenizer_config.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(UserError, match="was aligned to the text encoder"):
+        encoder.encode_texts(["a"])
+
+
+def test_pooling_and_head_match_the_official_model(shared: Path) -> None:
+    """Weights, images and values of the official code; its state-dict names are mapped here by hand."""
+    folder = shared / "fixtures" / "official_lift_tiny"
+    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
+    with torch.serialization.safe_globals([scalar, np.dtype, np.dtypes.Float64DType, (scalar, "numpy.core.multiarray.scalar")]):
+        state = torch.load(folder / "epoch_1.pt", weights_only=True)["state_dict"]
+    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
+    dimension = state["mlp_projector.projector.2.bias"].numel()
+    config = vision_config(VisionSettings(width=96, layers=3, heads=3))
+    model = LiftModel(config, dimension, TextTransform("none", dimension)).eval()
+    simple = {
+        "embeddings.class_embedding": "class_embedding",
+        "embeddings.patch_embedding.weight": "conv1.weight",
+        "embeddings.position_embedding.weight": "positional_embedding",
+        "pre_layrnorm": "ln_pre",
+        "post_layernorm": "ln_post",
+    }
+    block = {"layer_norm1": "ln_1", "layer_norm2": "ln_2"}
+    block |= {"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj"}
+    mapped: dict[str, torch.Tensor] = {}
+    for name in model.vision.state_dict():
+        stem, _, kind = name.rpartition(".")
+        if name in simple:
+            mapped[name] = state[f"visual.{simple[name]}"].reshape(model.vision.state_dict()[name].shape)
+        elif stem in simple:
+            mapped[name] = state[f"visual.{simple[stem]}.{kind}"]
+        else:
+            layer, _, part = stem.removeprefix("encoder.layers.").partition(".")
+            source = f"visual.transformer.resblocks.{layer}."
+            if part in block:
+                mapped[name] = state[f"{source}{block[part]}.{kind}"]
+            else:
+                third = ["q_proj", "k_proj", "v_proj"].index(part.removeprefix("self_attn."))
+                mapped[name] = state[f"{source}attn.in_proj_{kind}"].chunk(3)[third]
+    model.vision.load_state_dict(mapped)
+    head = {f"{i}.{kind}": state[f"mlp_projector.projector.{i}.{kind}"] for i in (0, 2) for kind in ("weight", "bias")}
+    model.head.load_state_dict(head)
+    pixels_B3HW = torch.from_numpy(np.load(folder / "images" / "eval_preprocessed_fp16.npy")).float()
+    with torch.no_grad():
+        np.testing.assert_allclose(mean_patch_feature(model.vision, pixels_B3HW), np.load(folder / "pooled.npy"), atol=5e-3)
+        np.testing.assert_allclose(model.image_features(pixels_B3HW), np.load(folder / "emb_norm.npy"), atol=1e-3)
