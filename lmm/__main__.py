@@ -1,0 +1,24 @@
+"""Command line of the `lmm` room: from an encoder and a language model to a trained LLaVA folder."""
+
+from __future__ import annotations
+
+import sys
+
+from lift.common.cli import Command, run_command
+from lmm.quiet import quiet
+from lmm.settings import BuildSettings, FinetuneSettings, TrainSettings
+
+COMMANDS = {
+    "build": Command(BuildSettings, "lmm.build:build"),
+    "train": Command(TrainSettings, "lmm.train:train"),
+    "finetune": Command(FinetuneSettings, "lmm.finetune:finetune"),
+}
+
+
+def main() -> int:
+    quiet()
+    return run_command("lmm", COMMANDS)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

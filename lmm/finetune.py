@@ -1,0 +1,51 @@
+"""`lmm finetune`: build, stage 1 and stage 2 in one process, because DeepSpeed's start-up outweighs a small stage.
+
+In: an encoder folder, a language-model folder, conversation files. Out: `build`, `stage1` and `stage2` below one folder; a
+part whose inputs and settings are unchanged is reused, and one that is not is made again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+
+from lift.common.files import read_json
+from lmm.build import build, choices
+from lmm.distributed import start_process_group
+from lmm.folders import content_hash
+from lmm.settings import BuildSettings, FinetuneSettings
+from lmm.train import train_stage
+
+
+def finetune(settings: FinetuneSettings) -> Path:
+    """Returns the folder of the last stage. Raises UserError as `build` and `train_stage` do."""
+    rank, _ = start_process_group()
+    first = settings.out / "build"
+    if rank == 0:
+        _build_if_needed(settings, first)
+    torch.distributed.barrier()
+    trained = train_stage(first, settings.out / "stage1", settings.stage1, replace=True)
+    if settings.stage2 is not None:
+        trained = train_stage(trained, settings.out / "stage2", settings.stage2, replace=True)
+    return trained
+
+
+def _build_if_needed(settings: FinetuneSettings, out: Path) -> None:
+    wanted = BuildSettings(
+        vision_tower=settings.vision_tower,
+        llm=settings.llm,
+        out=out,
+        chat_template=settings.chat_template,
+        precision=settings.stage1.precision,
+        seed=settings.seed,
+    )
+    if out.exists():
+        record = read_json(out / "build.json", "the record of an earlier build")
+        inputs = {"vision_tower_hash": content_hash(settings.vision_tower), "llm_hash": content_hash(settings.llm)}
+        if record.items() >= inputs.items() and record.get("choices") == choices(wanted):
+            print(f"{out}: finished already, reused")
+            return
+        shutil.rmtree(out)
+    build(wanted)

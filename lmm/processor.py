@@ -1,0 +1,135 @@
+"""The processor saved with a LLaVA model: image preprocessing, tokenizer and chat template, such that plain transformers at
+inference does exactly what training did. In: the folders of the tower and of the language model; out: a LlavaProcessor.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, CLIPImageProcessor, LlavaImageProcessor, LlavaProcessor
+
+from lift.common.errors import UserError
+from lift.common.files import require_file
+from lmm.conversation import IMAGE_MARKER, load_template
+
+
+def load_tokenizer(llm: Path) -> Any:
+    """Raises UserError when the folder has no tokenizer, or one without character offsets."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(llm, padding_side="left")  # batched generation pads on the left
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{llm}: expected a tokenizer that transformers can load: {_first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"{llm}: expected a fast tokenizer (tokenizer.json), found a slow one. Convert it with transformers.")
+    return tokenizer
+
+
+def choose_chat_template(tokenizer: Any, llm: Path, choice: str | None) -> str:
+    """Jinja text that takes content both as a string (lmms-eval) and as a list of parts (transformers' processors).
+
+    Args:
+        choice: None for the tokenizer's own template, `vicuna_v1`, or a Jinja file.
+    Raises:
+        UserError: there is no template, or it renders neither form.
+    """
+    if choice == "vicuna_v1":
+        template = load_template("vicuna_v1")
+    elif choice is not None:
+        template = require_file(Path(choice), "a Jinja chat template").read_text(encoding="utf-8")
+    elif isinstance(tokenizer.chat_template, str):
+        template = tokenizer.chat_template
+    else:
+        raise UserError(
+            f"{llm}: expected a chat template in the language model's folder, found none. "
+            "Give one: --chat_template vicuna_v1, or --chat_template FILE.jinja."
+        )
+    for candidate in (template, load_template("accept_parts") + template):
+        if _renders(tokenizer, candidate, "PROBE") and _renders(tokenizer, candidate, _IMAGE_AND_TEXT):
+            return candidate
+    raise UserError(
+        f"{choice or llm}: the chat template does not show the text of a user's message. Give another with --chat_template."
+    )
+
+
+_IMAGE_AND_TEXT = [{"type": "image"}, {"type": "text", "text": "PROBE"}]
+
+
+def _renders(tokenizer: Any, template: str, content: Any) -> bool:
+    messages = [{"role": "user", "content": content}]
+    try:
+        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, TypeError, ValueError):
+        return False
+    shows_image = isinstance(content, str) or (IMAGE_MARKER in text and "'type'" not in text)
+    return "PROBE" in text and shows_image
+
+
+def add_image_token(tokenizer: Any, vocab_size: int) -> tuple[int, str]:
+    """Makes `<image>` one special token of `tokenizer`. Returns its id and one sentence on where it came from.
+
+    The id lies below `vocab_size` where the vocabulary has `<image>` or the embedding matrix a spare row; otherwise it does
+    not, and the matrix has to be enlarged to hold it.
+    """
+    vocabulary = tokenizer.get_vocab()
+    known = IMAGE_MARKER in vocabulary
+    tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_MARKER]}, replace_extra_special_tokens=False)
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
+    if tokenizer(IMAGE_MARKER, add_special_tokens=False)["input_ids"] != [image_id]:
+        raise UserError(f"{tokenizer.name_or_path}: expected {IMAGE_MARKER} to become one token, found it is split.")
+    if known:
+        return image_id, f"image token {IMAGE_MARKER}: id {image_id}, already in the vocabulary"
+    if image_id < vocab_size:
+        return image_id, f"image token {IMAGE_MARKER}: id {image_id}, a spare row of the {vocab_size} embedding rows"
+    return image_id, (
+        f"image token {IMAGE_MARKER}: id {image_id}; the embedding matrix has no spare row and grows from {vocab_size} to "
+        f"{image_id + 1} rows, which changes the text loss slightly"
+    )
+
+
+def ensure_pad_token(tokenizer: Any) -> str:
+    """Gives the tokenizer a padding token if it has none: unk, else eos. Padding is masked by position, never by id."""
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+        if tokenizer.pad_token is None:
+            raise UserError(f"{tokenizer.name_or_path}: expected a pad, unk or eos token, found none. Name one there.")
+        return f"padding token: none in the tokenizer, {tokenizer.pad_token} takes its place"
+    return f"padding token: {tokenizer.pad_token}"
+
+
+def make_processor(tower: Path, tokenizer: Any, template: str, patch_size: int, image_size: int) -> LlavaProcessor:
+    """Raises UserError when the tower's preprocessing does not give images of the tower's size."""
+    require_file(tower / "preprocessor_config.json", "the vision tower's image preprocessing")
+    try:
+        image_processor = CLIPImageProcessor.from_pretrained(tower)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{tower}/preprocessor_config.json: cannot be read: {_first_line(error)}") from error
+    crop = image_processor.crop_size
+    if (crop["height"], crop["width"]) != (image_size, image_size):
+        raise UserError(
+            f"{tower}/preprocessor_config.json: expected crop_size {image_size}, as the tower's image_size, found "
+            f"{crop['height']} x {crop['width']}. Correct it; position embeddings are not interpolated."
+        )
+    tokenizer.chat_template = template
+    return LlavaProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        patch_size=patch_size,
+        vision_feature_select_strategy="default",
+        chat_template=template,
+        image_token=IMAGE_MARKER,
+        num_additional_image_tokens=1,
+    )
+
+
+def set_aspect_ratio(processor: Any, image_aspect_ratio: str) -> None:
+    """Records in the processor whether images are first padded to a square with int(255 * mean), as LLaVA-1.5 does."""
+    values = processor.image_processor.to_dict()
+    for key in ("image_processor_type", "processor_class", "do_pad"):
+        values.pop(key, None)
+    processor.image_processor = LlavaImageProcessor(**values, do_pad=image_aspect_ratio == "pad")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

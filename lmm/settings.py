@@ -1,0 +1,156 @@
+"""Settings of the `lmm` commands as typed dataclasses; a value that cannot be right is refused before anything is loaded.
+
+`StageSettings` describes one stage of LLaVA training. Its defaults are stage 1 of LLaVA-1.5 (projector only, captions);
+those of `InstructionTuningSettings` are stage 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(kw_only=True)
+class BuildSettings:
+    """Builds a LLaVA model from an encoder folder and a language-model folder."""
+
+    vision_tower: Path
+    """Encoder folder: a transformers CLIPVisionModel in safetensors with its preprocessor_config.json."""
+    llm: Path
+    """Language-model folder: any transformers causal language model with a fast tokenizer and a chat template."""
+    out: Path
+    """Folder to write; it must not exist."""
+    chat_template: str | None = None
+    """`vicuna_v1` or a Jinja file; takes the place of the language model's own chat template."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Format of the weights written."""
+    seed: int = 0
+    """Seed of the projector's first weights."""
+
+
+@dataclass(kw_only=True)
+class ConversationSource:
+    """One file of conversations and the folder its image paths are relative to."""
+
+    annotations: Path
+    """LLaVA JSON (a list) or JSON lines: `id`, `image` (absent for text only), `conversations`."""
+    images: Path | None = None
+    """Folder of the images; may be left out where no row has an image."""
+
+
+@dataclass(kw_only=True)
+class StageSettings:
+    """Settings of one training stage."""
+
+    data: list[ConversationSource] = field(default_factory=list)
+    """Conversation files; their samples are joined."""
+    trainable: Literal["projector", "projector_and_llm"] = "projector"
+    """What learns; the vision tower never does."""
+    template: Literal["plain", "chat", "vicuna_v1"] = "plain"
+    """How a conversation becomes text: image and caption only, the model's own chat template, or LLaVA-1.5's."""
+    image_aspect_ratio: Literal["pad", "crop"] = "pad"
+    """`pad`: to a square with the mean colour, as in LLaVA; `crop`: shorter side resized, centre crop. Saved in the model."""
+    epochs: float = 1.0
+    """Passes over the data; ignored when max_steps is set."""
+    max_steps: int | None = None
+    """Number of optimizer steps."""
+    batch_size: int = 16
+    """Samples per device and micro-batch."""
+    gradient_accumulation: int = 1
+    """Micro-batches per optimizer step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    projector_learning_rate: float | None = None
+    """Peak learning rate of the projector; the same as learning_rate when left out."""
+    weight_decay: float = 0.0
+    """AdamW weight decay (not on biases and norms)."""
+    warmup_ratio: float = 0.03
+    """Share of the steps with linearly rising learning rate, followed by a cosine decay to 0."""
+    max_length: int = 2048
+    """Longest sample in tokens, image tokens included; a longer sample is dropped and counted, never cut."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Compute precision; bf16 keeps float32 master weights in the optimizer and writes bf16."""
+    gradient_checkpointing: bool = False
+    """Recomputes activations in the backward pass: less memory, about a third more time."""
+    zero_stage: Literal[2, 3] = 2
+    """DeepSpeed ZeRO stage, with the configuration shipped in lmm/deepspeed_configs."""
+    deepspeed: Path | None = None
+    """DeepSpeed JSON file that takes the place of the shipped one."""
+    seed: int = 0
+    """Seed of the sample order and of dropout."""
+    workers: int = 2
+    """Processes that read and preprocess images, per device."""
+    save_steps: int = 500
+    """Optimizer steps between checkpoints."""
+    logging_steps: int = 10
+    """Optimizer steps between log lines."""
+    max_drop_fraction: float = 0.01
+    """The run stops before training when a larger share of the samples cannot be used."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "gradient_accumulation", "max_length", "save_steps", "logging_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        for name in ("learning_rate", "epochs", "projector_learning_rate", "max_steps"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}: expected more than 0, found {value}")
+        for name in ("warmup_ratio", "max_drop_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: expected a share between 0 and 1, found {getattr(self, name)}")
+        for name in ("workers", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}: expected at least 0, found {getattr(self, name)}")
+
+
+@dataclass(kw_only=True)
+class InstructionTuningSettings(StageSettings):
+    """Settings of stage 2: projector and language model learn on conversations, with the learning rate of LLaVA-1.5."""
+
+    trainable: Literal["projector", "projector_and_llm"] = "projector_and_llm"
+    """What learns; the vision tower never does."""
+    template: Literal["plain", "chat", "vicuna_v1"] = "chat"
+    """How a conversation becomes text: image and caption only, the model's own chat template, or LLaVA-1.5's."""
+    learning_rate: float = 2e-5
+    """Peak learning rate."""
+
+
+@dataclass(kw_only=True)
+class TrainSettings(StageSettings):
+    """Trains one stage of a LLaVA model under DeepSpeed."""
+
+    model: Path
+    """LLaVA folder to start from, as `lmm build` or an earlier stage wrote it."""
+    out: Path
+    """Folder to write; until it is complete, checkpoints lie in OUT.training, from which the same command goes on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.data:
+            raise ValueError('data: expected at least one source, as in --data \'[{"annotations": FILE, "images": FOLDER}]\'')
+
+
+@dataclass(kw_only=True)
+class FinetuneSettings:
+    """Builds a LLaVA model and trains both stages, reusing every finished part whose inputs and settings are the same."""
+
+    vision_tower: Path
+    """Encoder folder: a transformers CLIPVisionModel in safetensors with its preprocessor_config.json."""
+    llm: Path
+    """Language-model folder: any transformers causal language model with a fast tokenizer and a chat template."""
+    out: Path
+    """Folder for `build`, `stage1` and `stage2`."""
+    chat_template: str | None = None
+    """`vicuna_v1` or a Jinja file; takes the place of the language model's own chat template."""
+    seed: int = 0
+    """Seed of the projector's first weights."""
+    stage1: StageSettings = field(default_factory=StageSettings)
+    """Alignment: the projector learns on captions."""
+    stage2: InstructionTuningSettings | None = field(default_factory=InstructionTuningSettings)
+    """Instruction tuning; `null` stops after stage 1."""
+
+    def __post_init__(self) -> None:
+        for name, stage in (("stage1", self.stage1), ("stage2", self.stage2)):
+            if stage is not None and not stage.data:
+                raise ValueError(f'{name}.data: expected at least one source: [{{"annotations": FILE, "images": FOLDER}}]')

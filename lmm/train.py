@@ -1,0 +1,254 @@
+"""`lmm train`: one stage of LLaVA training under DeepSpeed, from model folder to model folder.
+
+In: a LLaVA folder and conversation files. Out: a folder that plain transformers loads, with `train.json`, `metrics.jsonl`,
+TensorBoard events, `dropped.jsonl` and `config.yaml`; it appears only when complete. Until then the work lies in
+`OUT.training`, and the same command goes on from its newest complete checkpoint.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
+
+from lift.common.environment import describe_environment
+from lift.common.errors import UserError
+from lift.common.files import atomic_folder, read_json, read_jsonl, require_folder, sha256_text, write_json
+from lift.common.ledger import DropLedger
+from lift.common.settings import save_settings, to_plain
+from lmm.build import DTYPES
+from lmm.checkpoints import newest_complete, remove_incomplete
+from lmm.conversation import ConversationEncoder, load_template
+from lmm.data import Collator, ConversationDataset, Row, check_samples, describe_sources, read_sources
+from lmm.distributed import deepspeed_config, release, start_process_group
+from lmm.folders import check_loads, content_hash
+from lmm.processor import set_aspect_ratio
+from lmm.settings import StageSettings, TrainSettings
+from lmm.trainer import METRICS, StageTrainer, freeze, training_arguments
+
+FREE_TO_CHANGE = frozenset({"workers", "save_steps", "logging_steps", "max_drop_fraction"})
+"""Settings that do not change the weights; a run may go on with others."""
+
+
+def train(settings: TrainSettings) -> Path:
+    return train_stage(settings.model, settings.out, settings)
+
+
+def train_stage(model: Path, out: Path, settings: StageSettings, replace: bool = False) -> Path:
+    """Trains one stage, or returns at once when `out` already holds its result.
+
+    Args:
+        replace: a finished `out` of other settings or inputs is trained anew and replaced, instead of being an error.
+    Raises:
+        UserError: unusable model, data or DeepSpeed file, too many dropped samples, or `out` holds something else.
+    """
+    require_folder(model, "a LLaVA model's folder")
+    config = deepspeed_config(settings)
+    identity = stage_identity(model, settings, config)
+    if out.exists():
+        found = read_json(out / "train.json").get("fingerprint") if (out / "train.json").is_file() else None
+        if found == identity["fingerprint"]:
+            print(f"{out}: finished already, reused")
+            return out
+        if found is None or not replace:
+            raise UserError(f"{out}: is there, but not from these settings and inputs. Remove it or choose another --out.")
+    rank, world_size = start_process_group()
+    work = out.with_name(out.name + ".training")
+    resume_from = _open_work(work, identity, rank, world_size)
+    stage = _Stage(model, settings, work, config, rank, world_size)
+    started = time.monotonic()
+    result = stage.trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    seconds = time.monotonic() - started
+    steps_here = result.global_step - (int(resume_from.name.rpartition("-")[2]) if resume_from else 0)
+    samples_here = steps_here * settings.batch_size * settings.gradient_accumulation * world_size
+    record = {
+        **identity,
+        "model": str(model),
+        "settings": stage_settings(settings),
+        "seconds": round(seconds, 2),
+        "resumed_from": resume_from.name if resume_from else None,
+        "steps": result.global_step,
+        "samples_per_second": round(samples_here / seconds, 2),
+        "samples": len(stage.rows),
+        "supervised_tokens": stage.supervised_tokens,
+        "dropped": stage.ledger.counts(),
+        "processes": world_size,
+        "environment": describe_environment(),
+    }
+    _finish(stage, out, record)
+    return out
+
+
+class _Stage:
+    """Data, model and trainer of one stage, made in the order that DeepSpeed needs."""
+
+    def __init__(self, model: Path, settings: StageSettings, work: Path, config: dict[str, Any], rank: int, world_size: int):
+        self.rank, self.work, self.settings = rank, work, settings
+        self.processor, llava = load_processor(model)
+        set_aspect_ratio(self.processor, settings.image_aspect_ratio)
+        self.encoder = make_encoder(self.processor, llava, settings, model)
+        self.ledger = DropLedger()
+        rows = read_sources(settings.data)
+        self.rows, self.supervised_tokens = check_samples(rows, self.encoder, self.ledger, settings.workers, rank, world_size)
+        self._report(rows)
+        arguments = training_arguments(settings, work, config)
+        self.model = load_llava(model, settings.precision)
+        freeze(self.model, settings.trainable)
+        vision: Any = llava.vision_config
+        self.trainer = StageTrainer(
+            settings,
+            args=arguments,
+            model=self.model,
+            train_dataset=ConversationDataset(self.rows, self.encoder, self.processor.image_processor),
+            data_collator=Collator(
+                self.processor.tokenizer.pad_token_id, llava.image_token_id, tokens_per_image(llava), vision.image_size
+            ),
+        )
+
+    def _report(self, rows: list[Row]) -> None:
+        if self.rank == 0:
+            print(f"{self.ledger.summary(len(rows))}; {self.supervised_tokens} supervised tokens")
+            self.ledger.check(len(rows), self.settings.max_drop_fraction, self.work / "dropped.jsonl")
+        elif len(self.ledger) > self.settings.max_drop_fraction * len(rows):
+            raise UserError("too many samples dropped; the main process lists them")
+        if not self.rows:
+            raise UserError(f"no usable sample is left of {len(rows)}; {self.work / 'dropped.jsonl'} says why.")
+
+
+def tokens_per_image(llava: LlavaConfig) -> int:
+    vision: Any = llava.vision_config
+    return (vision.image_size // vision.patch_size) ** 2
+
+
+def load_processor(model: Path) -> tuple[Any, LlavaConfig]:
+    """Raises UserError when `model` is not a LLaVA folder with the class token dropped, as all of LLaVA-1.5's are."""
+    try:
+        processor = AutoProcessor.from_pretrained(model)
+        llava = LlavaConfig.from_pretrained(model, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{model}: expected a LLaVA folder, as `lmm build` writes it: {str(error).splitlines()[0]}") from error
+    if llava.model_type != "llava" or llava.vision_feature_select_strategy != "default":
+        raise UserError(f"{model}: expected a LLaVA model with vision_feature_select_strategy 'default'.")
+    return processor, llava
+
+
+def load_llava(model: Path, precision: str) -> LlavaForConditionalGeneration:
+    """The model with every weight from `model`. Raises UserError otherwise."""
+    try:
+        loaded: Any = LlavaForConditionalGeneration.from_pretrained(
+            model, local_files_only=True, use_safetensors=True, dtype=DTYPES[precision], output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{model}: the model cannot be loaded: {str(error).splitlines()[0]}") from error
+    llava, info = loaded
+    if info["missing_keys"] or info["unexpected_keys"]:
+        keys = sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"]]))
+        raise UserError(f"{model}: expected the weights of a LLaVA model; missing or unknown are {', '.join(keys[:3])}.")
+    return llava
+
+
+def make_encoder(processor: Any, llava: LlavaConfig, settings: StageSettings, model: Path) -> ConversationEncoder:
+    """The encoder of the stage's template. Training on vicuna_v1 makes it the model's chat template, so that inference fits."""
+    if settings.template == "chat":
+        template, name = processor.chat_template or processor.tokenizer.chat_template, f"{model}/chat_template.jinja"
+        if not isinstance(template, str):
+            raise UserError(f"{model}: expected a chat template, found none. Train with --template vicuna_v1.")
+    else:
+        template, name = load_template(settings.template), settings.template
+    if settings.template == "vicuna_v1":
+        processor.chat_template = processor.tokenizer.chat_template = template
+    return ConversationEncoder(
+        processor.tokenizer, template, name, processor.image_token, tokens_per_image(llava), settings.max_length
+    )
+
+
+def stage_settings(settings: StageSettings) -> dict[str, Any]:
+    """The fields of StageSettings alone, also of a subclass that adds paths."""
+    plain = to_plain(settings)
+    return {field.name: plain[field.name] for field in dataclasses.fields(StageSettings)}
+
+
+def stage_identity(model: Path, settings: StageSettings, config: dict[str, Any]) -> dict[str, Any]:
+    """What decides the result: model content, data content, settings. `fingerprint` is the hash of them all."""
+    deciding = {
+        key: value for key, value in stage_settings(settings).items() if key not in FREE_TO_CHANGE | {"data", "deepspeed"}
+    }
+    records = [model / name for name in ("build.json", "train.json") if (model / name).is_file()]
+    origin = read_json(records[0]) if records else {}
+    data = describe_sources(settings.data)
+    parts = {
+        "model_hash": content_hash(model),
+        "vision_tower_hash": origin.get("vision_tower_hash"),
+        "data": data,
+        "deepspeed": config,
+    }
+    hashed = [{key: value for key, value in source.items() if key != "annotations"} for source in data]
+    text = json.dumps([deciding, parts["model_hash"], hashed, config], sort_keys=True)
+    return {"fingerprint": sha256_text(text), **parts}
+
+
+def _open_work(work: Path, identity: dict[str, Any], rank: int, world_size: int) -> Path | None:
+    """Creates or reopens the working folder. Returns the checkpoint to go on from."""
+    stamp = work / "fingerprint.json"
+    same = stamp.is_file() and read_json(stamp)["fingerprint"] == identity["fingerprint"]
+    if not same and any(work.glob("checkpoint-*")):
+        raise UserError(
+            f"{work}: holds the checkpoints of an unfinished run with other settings or inputs. "
+            "Remove that folder to start over, or go back to those settings."
+        )
+    torch.distributed.barrier()
+    if rank == 0:
+        work.mkdir(parents=True, exist_ok=True)
+        write_json(stamp, {"fingerprint": identity["fingerprint"]})
+        remove_incomplete(work)
+    torch.distributed.barrier()
+    checkpoint = newest_complete(work, world_size)
+    if checkpoint and rank == 0:
+        print(f"going on from {checkpoint}")
+    return checkpoint
+
+
+def write_model(model: LlavaForConditionalGeneration, state: dict[str, torch.Tensor], folder: Path) -> None:
+    """Writes `state`, keyed as in memory, in transformers' format on disk.
+
+    A model loaded under ZeRO-3 has forgotten how its keys are named on disk, so that a fresh one without weights does it.
+    """
+    model.config.use_cache = True  # Trainer switches it off
+    if model.config.tie_word_embeddings:
+        state = {key: value for key, value in state.items() if key != "lm_head.weight"}
+    with torch.device("meta"):
+        shell = LlavaForConditionalGeneration(model.config)
+    shell.generation_config = model.generation_config
+    shell.save_pretrained(folder, state_dict=state)
+
+
+def _finish(stage: _Stage, out: Path, record: dict[str, Any]) -> None:
+    """Gathers the weights on the main process and puts the finished folder in place."""
+    trainer = stage.trainer
+    state = trainer.accelerator.get_state_dict(trainer.deepspeed)
+    if stage.rank == 0:
+        with atomic_folder(out) as folder:
+            release(trainer)
+            write_model(stage.model, state, folder)
+            stage.processor.save_pretrained(folder)
+            del state
+            check_loads(folder)
+            record["losses"] = [row for row in read_jsonl(stage.work / METRICS) if "loss" in row]
+            shutil.copy(stage.work / METRICS, folder)
+            if (stage.work / "runs").is_dir():
+                shutil.copytree(stage.work / "runs", folder / "runs")
+            stage.ledger.write(folder / "dropped.jsonl")
+            save_settings(stage.settings, folder / "config.yaml")
+            write_json(folder / "train.json", record)
+        shutil.rmtree(stage.work)
+        print(f"wrote {out}: {stage.ledger.summary(len(stage.rows) + len(stage.ledger))}, {record['seconds']:.0f} s")
+    else:
+        release(trainer)
+    torch.distributed.barrier()

@@ -1,0 +1,145 @@
+"""`lmm build`: what it joins, where the image token goes, and which folders it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny_lmm import make_llm, make_tokenizer
+from transformers import AutoModelForCausalLM, AutoProcessor, CLIPVisionModel, LlavaForConditionalGeneration
+
+from lift.common.errors import UserError
+from lmm.build import build
+from lmm.settings import BuildSettings
+
+
+def test_parts_are_the_given_ones_and_the_prompt_forms_agree(tower: Path, llm: Path, tmp_path: Path) -> None:
+    out = build(BuildSettings(vision_tower=tower, llm=llm, out=tmp_path / "out"))
+    model, info = LlavaForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    assert model.config.vision_feature_layer == -2
+    assert model.config.projector_hidden_act == "gelu"
+    for built, source in (
+        (model.model.vision_tower, CLIPVisionModel.from_pretrained(tower)),
+        (model.model.language_model, AutoModelForCausalLM.from_pretrained(llm).model),
+    ):
+        expected = source.state_dict()
+        assert built.state_dict().keys() == expected.keys()
+        assert all(torch.equal(value, expected[key]) for key, value in built.state_dict().items())
+    assert torch.equal(model.lm_head.weight, AutoModelForCausalLM.from_pretrained(llm).lm_head.weight)
+
+    processor = AutoProcessor.from_pretrained(out)
+    assert processor.tokenizer.padding_side == "left"
+    as_text = [{"role": "user", "content": "<image>\nWhich colour?"}]
+    as_parts = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Which colour?"}]}]
+    prompt = processor.tokenizer.apply_chat_template(as_text, tokenize=False, add_generation_prompt=True)
+    assert prompt == "USER: <image>\nWhich colour? ASSISTANT:"
+    assert processor.apply_chat_template(as_parts, add_generation_prompt=True) == prompt
+    inputs = processor(text=prompt, images=Image.new("RGB", (50, 40)), return_tensors="pt")
+    assert int((inputs["input_ids"] == model.config.image_token_id).sum()) == 16
+    assert model(**inputs).logits.isfinite().all()
+
+
+def test_same_seed_same_projector(tower: Path, llm: Path, tmp_path: Path) -> None:
+    key = "multi_modal_projector.linear_1.weight"
+    weights = [
+        load_file(build(BuildSettings(vision_tower=tower, llm=llm, out=tmp_path / name, seed=seed)) / "model.safetensors")[key]
+        for name, seed in (("a", 0), ("b", 0), ("c", 1))
+    ]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize(("rows", "rows_after", "tied"), [(264, 264, False), (259, 260, False), (259, 260, True)])
+def test_image_token_takes_a_spare_row_or_one_new_row(
+    rows: int, rows_after: int, tied: bool, tower: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = make_tokenizer(with_image=False)
+    tokenizer.pad_token = None
+    llm = make_llm(tmp_path / "llm", tokenizer, rows=rows, tied=tied)
+    out = build(BuildSettings(vision_tower=tower, llm=llm, out=tmp_path / "out"))
+    assert ("spare row" if rows == rows_after else f"grows from {rows} to {rows_after} rows") in capsys.readouterr().out
+    model, info = LlavaForConditionalGeneration.from_pretrained(out, output_loading_info=True)
+    assert not any(info.values())
+    assert model.config.image_token_id == 259
+    assert model.get_input_embeddings().weight.shape[0] == model.lm_head.weight.shape[0] == rows_after
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+    old = AutoModelForCausalLM.from_pretrained(llm).lm_head.weight
+    assert torch.equal(model.lm_head.weight[:rows], old)
+    if rows < rows_after:
+        assert torch.allclose(model.lm_head.weight[259], old.mean(0), atol=1e-6)
+    assert AutoProcessor.from_pretrained(out).tokenizer.pad_token == "<eos>"
+
+
+def test_missing_chat_template_is_an_error_that_says_how_to_give_one(tower: Path, tmp_path: Path) -> None:
+    llm = make_llm(tmp_path / "llm", make_tokenizer(chat_template=None), rows=260)
+    with pytest.raises(UserError, match="--chat_template vicuna_v1"):
+        build(BuildSettings(vision_tower=tower, llm=llm, out=tmp_path / "out"))
+    out = build(BuildSettings(vision_tower=tower, llm=llm, out=tmp_path / "out", chat_template="vicuna_v1"))
+    text = AutoProcessor.from_pretrained(out).apply_chat_template(
+        [{"role": "user", "content": "Hi"}], add_generation_prompt=True
+    )
+    assert text.startswith("A chat between a curious user") and text.endswith("USER: Hi ASSISTANT:")
+
+
+def _without_a_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors")
+    weights.pop("vision_model.encoder.layers.1.mlp.fc1.weight")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _with_an_unknown_weight(folder: Path) -> None:
+    weights = load_file(folder / "model.safetensors") | {"vision_model.extra": torch.zeros(1)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _with_other_shape(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 48}))
+
+
+def _with_other_crop(folder: Path) -> None:
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(config | {"crop_size": {"height": 48, "width": 48}}))
+
+
+def _without_preprocessing(folder: Path) -> None:
+    (folder / "preprocessor_config.json").unlink()
+
+
+def _cut_off(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_without_a_weight, "lacks weights"),
+        (_with_an_unknown_weight, "unknown weights"),
+        (_with_other_shape, "misshapen weights"),
+        (_with_other_crop, "crop_size 32"),
+        (_without_preprocessing, "image preprocessing"),
+        (_cut_off, "safetensors"),
+        (shutil.rmtree, "no such file"),
+    ],
+)
+def test_damaged_tower_is_refused(damage, message: str, tower: Path, llm: Path, tmp_path: Path) -> None:
+    shutil.copytree(tower, tmp_path / "tower")
+    damage(tmp_path / "tower")
+    with pytest.raises(UserError, match=message):
+        build(BuildSettings(vision_tower=tmp_path / "tower", llm=llm, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_llm_is_refused(tower: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="language model"):
+        build(BuildSettings(vision_tower=tower, llm=tmp_path / "none", out=tmp_path / "out"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="tokenizer"):
+        build(BuildSettings(vision_tower=tower, llm=tmp_path / "empty", out=tmp_path / "out"))
