@@ -1,0 +1,37 @@
+"""Command line `lift-eval`: the table of its commands."""
+
+from __future__ import annotations
+
+import sys
+
+from eval import settings
+from lift.common.cli import Command, run_command
+
+COMMANDS = {
+    "encoder": Command(settings.EncoderSettings, "eval.encoder:encoder", positional=True),
+    "data": Command(settings.DataSettings, "eval.mmbench_data:data", positional=True),
+    "lmm": Command(settings.LmmSettings, "eval.lmm:lmm", positional=True),
+    "stock": Command(settings.StockSettings, "eval.lmm:stock", positional=True),
+    "score": Command(settings.ScoreSettings, "eval.score:score", positional=True),
+    "compare": Command(settings.CompareSettings, "eval.compare:compare", positional=True),
+    "report": Command(settings.ReportSettings, "eval.report:report", positional=True),
+}
+_FLAGS = ("--json", "--allow_missing")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    return run_command("lift-eval", COMMANDS, _expand_flags(sys.argv[1:] if arguments is None else arguments))
+
+
+def _expand_flags(arguments: list[str]) -> list[str]:
+    """The settings parser wants a value after every key; a bare `--json` means `--json true`."""
+    expanded = []
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        expanded.append(argument)
+        if argument in _FLAGS and following.lower() not in ("true", "false"):
+            expanded.append("true")
+    return expanded
+
+
+if __name__ == "__main__":
+    sys.exit(main())

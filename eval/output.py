@@ -1,0 +1,34 @@
+"""What the commands of `lift-eval` share when they write: plain-text tables, percent figures, a guard on output folders."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lift.common.errors import UserError
+
+
+def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Columns padded with spaces; the first column left-aligned, the others right-aligned."""
+    cells = [[str(cell) for cell in row] for row in (header, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in cells
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def percent(fraction: float | None, signed: bool = False) -> str:
+    """0.6769 as `67.69`, or `+67.69` when signed; a dash for None."""
+    if fraction is None:
+        return "–"
+    return f"{100 * fraction:+.2f}" if signed else f"{100 * fraction:.2f}"
+
+
+def check_output_folder(path: Path, marker: str) -> None:
+    """Raises UserError when `path` holds something other than an earlier result, which would have the file `marker`."""
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / marker).is_file()):
+        raise UserError(
+            f"{path}: expected a new folder or an earlier result (with {marker}), found other files. Choose another --out."
+        )

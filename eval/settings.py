@@ -1,0 +1,164 @@
+"""Settings of the commands of `lift-eval`: paths and choices come in from the command line or YAML, checked values go out.
+
+This module imports nothing heavy, so that `--help` and a mistyped key answer at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+def given(value: Path | None, name: str) -> Path:
+    """The path of a required option. Raises ValueError when it was not given."""
+    if value is None:
+        raise ValueError(f"--{name} is required: a path.")
+    return value
+
+
+def _at_least(value: int, least: int, name: str) -> None:
+    if value < least:
+        raise ValueError(f"--{name}: expected at least {least}, found {value}.")
+
+
+@dataclass
+class EncoderSettings:
+    """Measures an encoder folder: hard negatives (SugarCrepe) and, when given, retrieval on held-out pairs."""
+
+    folder: Path
+    """Encoder folder, as `lift export` writes it."""
+    sugar_crepe: Path | None = None
+    """Folder with the SugarCrepe JSON files; those of the seven that exist are scored."""
+    images: Path | None = None
+    """Folder with the images that the SugarCrepe files name."""
+    out: Path | None = None
+    """Folder for the results."""
+    retrieval: Path | None = None
+    """Folder with tars in img2dataset's layout (KEY.jpg, KEY.txt): held-out pairs for retrieval."""
+    allow_missing: bool = False
+    """Score the items whose image is there, and record how many are not, instead of stopping at the first missing image."""
+    batch_size: int = 64
+    """Images or captions encoded at a time."""
+
+    def __post_init__(self) -> None:
+        given(self.sugar_crepe, "sugar_crepe")
+        given(self.images, "images")
+        given(self.out, "out")
+        _at_least(self.batch_size, 1, "batch_size")
+
+
+@dataclass
+class DataSettings:
+    """Turns an MMBench TSV into the data folder that lmms-eval finds without a network."""
+
+    file: Path
+    """MMBench TSV (index, question, hint, A-D, answer, category, image, source, l2-category, comment, split)."""
+    out: Path | None = None
+    """Folder that will hold `lmms-lab-encoder/MMBench`; run lmms-eval in it."""
+
+    def __post_init__(self) -> None:
+        given(self.out, "out")
+
+
+@dataclass
+class LmmSettings:
+    """Runs lmms-eval's own MMBench task on a LLaVA folder and records every answer."""
+
+    folder: Path
+    """LLaVA folder that `LlavaForConditionalGeneration` and `AutoProcessor` load."""
+    data: Path | None = None
+    """MMBench TSV with the questions."""
+    out: Path | None = None
+    """Folder for the run. A finished run of the same model, data and settings is reused."""
+    batch_size: int = 16
+    """Questions answered at a time."""
+    max_new_tokens: int = 16
+    """Longest answer in tokens; MMBench asks for one letter."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the weights; `auto` is float32 on a CPU and the folder's own format on a GPU."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, ...; `auto` takes the GPU when there is one."""
+
+    def __post_init__(self) -> None:
+        given(self.data, "data")
+        given(self.out, "out")
+        _at_least(self.batch_size, 1, "batch_size")
+        _at_least(self.max_new_tokens, 1, "max_new_tokens")
+
+
+@dataclass
+class StockSettings:
+    """Checks a run against lmms-eval's own `llava_hf` model: the same answers, row by row."""
+
+    folder: Path
+    """LLaVA folder that the run evaluated."""
+    data: Path | None = None
+    """MMBench TSV that the run answered."""
+    against: Path | None = None
+    """Run folder written by `lift-eval lmm` in float32."""
+    device: str = "auto"
+    """`cpu`, `cuda`, ...; `auto` takes the GPU when there is one."""
+
+    def __post_init__(self) -> None:
+        given(self.data, "data")
+        given(self.against, "against")
+
+
+@dataclass
+class ScoreSettings:
+    """Scores answers by MMBench's rules: circular and first-pass accuracy, parse failures."""
+
+    file: Path
+    """`records.jsonl` of a run, or an answer file in MMBench's form (.tsv, .xlsx) with a `prediction` column."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+@dataclass
+class CompareSettings:
+    """Compares two runs on the same questions, per subtask, with paired statistics."""
+
+    run_a: Path
+    """Run folder written by `lift-eval lmm`; differences are A - B."""
+    run_b: Path
+    """Run folder of the baseline."""
+    out: Path | None = None
+    """Folder for the comparison."""
+    name_a: str = "LIFT"
+    """Name of the first run in tables."""
+    name_b: str = "CLIP"
+    """Name of the second run in tables."""
+    resamples: int = 10_000
+    """Bootstrap resamples of the question groups."""
+    seed: int = 0
+    """Seed of the bootstrap."""
+
+    def __post_init__(self) -> None:
+        given(self.out, "out")
+        _at_least(self.resamples, 100, "resamples")
+        if self.name_a == self.name_b:
+            raise ValueError(f"--name_a and --name_b: expected two different names, found '{self.name_a}' twice.")
+
+
+@dataclass
+class ReportSettings:
+    """Writes a comparison as one HTML page that needs no network."""
+
+    comparison: Path
+    """Folder written by `lift-eval compare`."""
+    out: Path = Path("report.html")
+    """HTML file to write."""
+    encoder_a: Path | None = None
+    """Folder written by `lift-eval encoder` for the encoder of run A."""
+    encoder_b: Path | None = None
+    """The same for run B."""
+    stages: Path | None = None
+    """JSON list of {"stage", "seconds", "reused"} to show how long the chain took."""
+    flips: int = 6
+    """Questions shown that one model gets and the other misses."""
+
+    def __post_init__(self) -> None:
+        _at_least(self.flips, 0, "flips")
+        if (self.encoder_a is None) != (self.encoder_b is None):
+            raise ValueError("--encoder_a and --encoder_b: give both or neither.")
