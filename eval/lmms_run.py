@@ -23,6 +23,7 @@ from eval.mmbench_data import TASK, task_source, write_dataset
 from lift.common.errors import UserError
 from lift.common.files import read_json, read_jsonl
 
+_OF_A_LAUNCHER = re.compile(r"RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|ACCELERATE_\w+")
 _ERROR_LINE = re.compile(r"^\S*(Error|Exception|Interrupt)\b.*")
 _SILENT_FAILURE = re.compile(r"Error (.*) in generating")
 
@@ -78,7 +79,8 @@ def run_lmms_eval(
 
 
 def _run(command: list[str], folder: Path, log: Path) -> None:
-    environment = os.environ | {
+    # One process, whatever this one is part of: lmms-eval would take the variables of a launcher or a training for its own.
+    environment = {name: value for name, value in os.environ.items() if not _OF_A_LAUNCHER.fullmatch(name)} | {
         "HF_HUB_OFFLINE": "1",
         # The cache does not notice changed data, so each run has its own.
         "HF_DATASETS_CACHE": str((folder / "datasets_cache").resolve()),

@@ -162,6 +162,8 @@ class _Loop:
     def _step(self, step: int, batch: Batch) -> dict[str, Tensor | float]:
         for key, cause, detail in batch.faults:
             self.ledger.drop(key, cause, detail)
+        if batch.faults:  # a folder that vanishes should not cost the time to the next checkpoint
+            self.ledger.check(self.total, self.settings.max_drop_fraction, self.settings.out / "dropped.jsonl")
         device = self.accelerator.device
         rate = learning_rate_at(step, self.steps, self.settings)
         for group in self.optimizer.param_groups:

@@ -125,7 +125,7 @@ def _split_config_files(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _check_option_names(settings_class: type, arguments: list[str]) -> None:
-    valid = [*_option_names(settings_class), "help", "print_config"]
+    valid = [*_option_names(settings_class), "help"]
     for argument in arguments:
         if argument.startswith("--"):
             name = argument[2:].partition("=")[0].removesuffix("+").removesuffix(".help")

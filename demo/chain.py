@@ -1,0 +1,136 @@
+"""`python -m demo run`: the whole chain on the demo world, from captions to the comparison of LIFT with CLIP.
+
+Every stage is a command that users run on their own data; it is printed before it runs and decides itself what it reuses.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from demo.settings import SIZES, RunSettings
+from lift.common.errors import UserError
+from lift.common.files import read_json, write_json
+
+REPOSITORY = Path(__file__).parents[1]
+RECIPES = REPOSITORY / "configs" / "demo"
+ENCODERS = ("lift", "clip")
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    command: list[str]
+    """Module and arguments: `python -m ...`."""
+    result: Path
+    """File that the finished stage has written; untouched when the stage was reused."""
+
+
+def run(settings: RunSettings) -> None:
+    """Runs the stages up to `settings.until` and records their times in OUT/stages.json.
+
+    Raises:
+        UserError: a stage failed; its own message stands above.
+    """
+    chain = stages(settings)
+    names = [stage.name for stage in chain]
+    if settings.until is not None:
+        if settings.until not in names:
+            raise UserError(f"--until: no stage '{settings.until}'. Stages are: {', '.join(names)}.")
+        chain = chain[: names.index(settings.until) + 1]
+    run_stages(chain, settings.out)
+
+
+def run_stages(chain: list[Stage], out: Path) -> None:
+    """Runs each stage's command as a process of its own; OUT/stages.json holds the time of every stage that ever ran."""
+    times = out / "stages.json"
+    records = {record["stage"]: record for record in (read_json(times) if times.is_file() else [])}
+    for number, stage in enumerate(chain, start=1):
+        command = shlex.join(["python", "-m", *stage.command])
+        print(f"\n[{number}/{len(chain)}] {stage.name}\n$ LIFT_DEMO={out} {command}", flush=True)
+        records[stage.name] = _run_stage(stage, out, records.get(stage.name))
+        write_json(times, list(records.values()))
+
+
+def _run_stage(stage: Stage, out: Path, before: dict[str, Any] | None) -> dict[str, Any]:
+    """The stage's record; a stage that was reused keeps the time that its first run took."""
+    written = _written(stage.result)
+    start = time.monotonic()
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "LIFT_DEMO": str(out)}
+    status = subprocess.run([sys.executable, "-m", *stage.command], env=environment, check=False).returncode
+    if status:
+        raise UserError(f"stage '{stage.name}' ended with status {status}; its message is above. Run the same command again.")
+    seconds = round(time.monotonic() - start, 1)
+    reused = written is not None and written == _written(stage.result)
+    return {"stage": stage.name, "seconds": before["seconds"] if reused and before else seconds, "reused": reused}
+
+
+def _written(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.is_file() else None
+
+
+def stages(settings: RunSettings) -> list[Stage]:
+    """The chain of DESIGN's picture, LIFT and CLIP alike. The recipes find the folder OUT in the variable LIFT_DEMO."""
+    out, seed = settings.out, ["--seed", str(settings.seed)]
+    world = ["demo", "world", "--out", str(out / "world"), "--size", settings.size, *seed]
+    llm = ["demo", "language_model", "--texts", str(out / "world" / "texts.jsonl"), "--out", str(out / "language_model"), *seed]
+    return [
+        Stage("world", world, out / "world" / "world.json"),
+        Stage("language model", llm, out / "language_model" / "training.json"),
+        Stage("embed captions", ["lift", "embed", *_recipe("embed")], out / "embeddings" / "manifest.json"),
+        *(pretrain(name, name, settings) for name in ENCODERS),
+        *(measure_encoder(name, out) for name in ENCODERS),
+        *(_finetune(name, settings) for name in ENCODERS),
+        *(_measure_lmm(name, out) for name in ENCODERS),
+        *_compare(out),
+    ]
+
+
+def _recipe(name: str) -> list[str]:
+    return ["--config", str(RECIPES / f"{name}.yaml")]
+
+
+def pretrain(name: str, recipe: str, settings: RunSettings, *changes: str) -> Stage:
+    """Trains OUT/`name` by a recipe with `changes` (`--key value`)."""
+    command = ["lift", "pretrain", *_recipe(recipe), "--epochs", str(SIZES[settings.size].pretrain_epochs)]
+    command += ["--seed", str(settings.seed), *changes]
+    return Stage(f"pretrain {name.upper()}", command, settings.out / name / "finished.json")
+
+
+def measure_encoder(name: str, out: Path) -> Stage:
+    negatives, pairs, results = out / "world" / "sugar_crepe", out / "world" / "pairs", out / f"encoder_{name}"
+    command = ["eval", "encoder", str(out / name / "encoder"), "--out", str(results)]
+    command += ["--sugar_crepe", str(negatives), "--images", str(negatives / "images"), "--retrieval", str(pairs / "held_out")]
+    return Stage(f"measure the {name.upper()} encoder", command, results / "results.json")
+
+
+def _finetune(name: str, settings: RunSettings) -> Stage:
+    llava, seed = settings.out / f"llava_{name}", str(settings.seed)
+    command = ["lmm", "finetune", *_recipe("llava"), "--out", str(llava)]
+    command += ["--vision_tower", str(settings.out / name / "encoder")]
+    command += ["--stage2.epochs", str(SIZES[settings.size].stage2_epochs)]
+    command += ["--seed", seed, "--stage1.seed", seed, "--stage2.seed", seed]
+    return Stage(f"tune LLaVA on {name.upper()}", command, llava / "stage2" / "train.json")
+
+
+def _measure_lmm(name: str, out: Path) -> Stage:
+    results = out / f"mmbench_{name}"
+    command = ["eval", "lmm", str(out / f"llava_{name}" / "stage2"), "--out", str(results)]
+    command += ["--data", str(out / "world" / "mmbench.tsv"), "--batch_size", "32"]
+    return Stage(f"MMBench of LLaVA on {name.upper()}", command, results / "run.json")
+
+
+def _compare(out: Path) -> Iterator[Stage]:
+    comparison = out / "comparison"
+    command = ["eval", "compare", str(out / "mmbench_lift"), str(out / "mmbench_clip"), "--out", str(comparison)]
+    yield Stage("compare", command, comparison / "comparison.json")
+    command = ["eval", "report", str(comparison), "--out", str(out / "report.html"), "--stages", str(out / "stages.json")]
+    command += ["--encoder_a", str(out / "encoder_lift"), "--encoder_b", str(out / "encoder_clip")]
+    yield Stage("report", command, out / "report.html")
