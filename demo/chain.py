@@ -60,16 +60,19 @@ def run_stages(chain: list[Stage], out: Path) -> None:
 
 
 def _run_stage(stage: Stage, out: Path, before: dict[str, Any] | None) -> dict[str, Any]:
-    """The stage's record; a stage that was reused keeps the time that its first run took."""
+    """The stage's record: seconds and peak memory of its largest process; what was reused keeps those of its first run."""
     written = _written(stage.result)
     start = time.monotonic()
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "LIFT_DEMO": str(out)}
-    status = subprocess.run([sys.executable, "-m", *stage.command], env=environment, check=False).returncode
+    process = subprocess.Popen([sys.executable, "-m", *stage.command], env=environment)
+    _, code, usage = os.wait4(process.pid, 0)
+    process.returncode = status = os.waitstatus_to_exitcode(code)
     if status:
         raise UserError(f"stage '{stage.name}' ended with status {status}; its message is above. Run the same command again.")
-    seconds = round(time.monotonic() - start, 1)
-    reused = written is not None and written == _written(stage.result)
-    return {"stage": stage.name, "seconds": before["seconds"] if reused and before else seconds, "reused": reused}
+    if before is not None and written is not None and written == _written(stage.result):
+        return before | {"reused": True}
+    cost = {"seconds": round(time.monotonic() - start, 1), "peak_gb": round(usage.ru_maxrss / 2**20, 2)}
+    return {"stage": stage.name, **cost, "reused": False}
 
 
 def _written(path: Path) -> int | None:

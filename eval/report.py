@@ -194,7 +194,7 @@ def _read_stages(path: Path | None) -> list[dict[str, Any]]:
         return []
     stages = read_json(path, "the list of stages")
     if not isinstance(stages, list) or not all(
-        isinstance(s, dict) and {"stage", "seconds", "reused"} <= s.keys() for s in stages
+        isinstance(s, dict) and {"stage", "seconds", "peak_gb", "reused"} <= s.keys() for s in stages
     ):
-        raise UserError(f'{path}: expected a list of {{"stage", "seconds", "reused"}}.')
+        raise UserError(f'{path}: expected a list of {{"stage", "seconds", "peak_gb", "reused"}}.')
     return stages

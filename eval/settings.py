@@ -154,7 +154,7 @@ class ReportSettings:
     encoder_b: Path | None = None
     """The same for run B."""
     stages: Path | None = None
-    """JSON list of {"stage", "seconds", "reused"} to show how long the chain took."""
+    """JSON list of {"stage", "seconds", "peak_gb", "reused"} to show what the chain took."""
     flips: int = 6
     """Questions shown that one model gets and the other misses."""
 

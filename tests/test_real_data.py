@@ -1,6 +1,7 @@
-"""Every stage consumes real data: photographs, human captions, LLaVA conversations, MMBench questions. Skips where there are none.
+"""Every stage consumes real data: photographs, human captions, LLaVA conversations, MMBench questions.
 
-The recipes are those of configs/real with fewer steps and a smaller model; accuracy means nothing here.
+The recipes are those of configs/real with fewer steps and a smaller model; accuracy means nothing here. Skips where the data is
+not on the machine.
 """
 
 from __future__ import annotations

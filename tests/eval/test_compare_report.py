@@ -122,7 +122,7 @@ def test_unlike_runs_are_refused(
 def test_report_is_self_contained_and_escaped(comparison: Path) -> None:
     out = comparison.parent / "report.html"
     stages = comparison.parent / "stages.json"
-    stages.write_text(json.dumps([{"stage": HOSTILE, "seconds": 12.5, "reused": True}]))
+    stages.write_text(json.dumps([{"stage": HOSTILE, "seconds": 12.5, "peak_gb": 1.5, "reused": True}]))
     for name, value in (("ea", 0.5), ("eb", 0.75)):
         metric = {"value": value, "n": 4, "ties": 0, "interval": [0.1, 0.9]}
         (comparison.parent / name).mkdir()
