@@ -38,7 +38,7 @@ SIZES = {
     ),
     "small": Size(
         train_pairs=8192, held_out_pairs=500, hard_negatives=300, question_groups=50, captioned_images=4096,
-        conversations=5120, texts=40_000, pretrain_epochs=5, stage2_epochs=2,
+        conversations=4096, texts=32_000, pretrain_epochs=5, stage2_epochs=2,
     ),
     "full": Size(
         train_pairs=32_768, held_out_pairs=1000, hard_negatives=500, question_groups=150, captioned_images=16_384,
