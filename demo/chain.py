@@ -45,7 +45,7 @@ def run(settings: RunSettings) -> None:
         if settings.until not in names:
             raise UserError(f"--until: no stage '{settings.until}'. Stages are: {', '.join(names)}.")
         chain = chain[: names.index(settings.until) + 1]
-    run_stages(chain, settings.out)
+    run_stages(chain, settings.folder)
 
 
 def run_stages(chain: list[Stage], out: Path) -> None:
@@ -81,14 +81,15 @@ def _written(path: Path) -> int | None:
 
 def stages(settings: RunSettings) -> list[Stage]:
     """The chain of DESIGN's picture, LIFT and CLIP alike. The recipes find the folder OUT in the variable LIFT_DEMO."""
-    out, seed = settings.out, ["--seed", str(settings.seed)]
+    out, seed = settings.folder, ["--seed", str(settings.seed)]
     world = ["demo", "world", "--out", str(out / "world"), "--size", settings.size, *seed]
     llm = ["demo", "language_model", "--texts", str(out / "world" / "texts.jsonl"), "--out", str(out / "language_model"), *seed]
     return [
         Stage("world", world, out / "world" / "world.json"),
-        Stage("language model", llm, out / "language_model" / "training.json"),
         Stage("embed captions", ["lift", "embed", *_recipe("embed")], out / "embeddings" / "manifest.json"),
-        *(pretrain(name, name, settings) for name in ENCODERS),
+        pretrain("lift", "lift", settings),
+        Stage("language model", llm, out / "language_model" / "training.json"),
+        pretrain("clip", "clip", settings),
         *(measure_encoder(name, out) for name in ENCODERS),
         *(_finetune(name, settings) for name in ENCODERS),
         *(_measure_lmm(name, out) for name in ENCODERS),
@@ -104,7 +105,7 @@ def pretrain(name: str, recipe: str, settings: RunSettings, *changes: str) -> St
     """Trains OUT/`name` by a recipe with `changes` (`--key value`)."""
     command = ["lift", "pretrain", *_recipe(recipe), "--epochs", str(SIZES[settings.size].pretrain_epochs)]
     command += ["--seed", str(settings.seed), *changes]
-    return Stage(f"pretrain {name.upper()}", command, settings.out / name / "finished.json")
+    return Stage(f"pretrain {name.upper()}", command, settings.folder / name / "finished.json")
 
 
 def measure_encoder(name: str, out: Path) -> Stage:
@@ -115,9 +116,9 @@ def measure_encoder(name: str, out: Path) -> Stage:
 
 
 def _finetune(name: str, settings: RunSettings) -> Stage:
-    llava, seed = settings.out / f"llava_{name}", str(settings.seed)
+    llava, seed = settings.folder / f"llava_{name}", str(settings.seed)
     command = ["lmm", "finetune", *_recipe("llava"), "--out", str(llava)]
-    command += ["--vision_tower", str(settings.out / name / "encoder")]
+    command += ["--vision_tower", str(settings.folder / name / "encoder")]
     command += ["--stage2.epochs", str(SIZES[settings.size].stage2_epochs)]
     command += ["--seed", seed, "--stage1.seed", seed, "--stage2.seed", seed]
     return Stage(f"tune LLaVA on {name.upper()}", command, llava / "stage2" / "train.json")

@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from demo.settings import LanguageModelSettings
 from lift.common.errors import UserError
-from lift.common.files import atomic_folder, read_json, read_jsonl, sha256_file, write_json
+from lift.common.files import atomic_folder, check_output_folder, read_json, read_jsonl, sha256_file, write_json
 from lift.common.settings import to_plain
 
 VOCABULARY_SIZE = 2048
@@ -48,6 +48,7 @@ def train_language_model(settings: LanguageModelSettings) -> None:
     if (settings.out / "training.json").is_file() and read_json(settings.out / "training.json")["made_from"] == record:
         print(f"{settings.out}: the language model is trained, reused")
         return
+    check_output_folder(settings.out, "training.json")
     rows = read_jsonl(settings.texts, "the language model's texts")
     if not rows:
         raise UserError(f"{settings.texts}: expected texts, found none. Write the world again.")

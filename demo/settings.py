@@ -52,14 +52,18 @@ IMAGE_SIZE = 64
 class RunSettings:
     """Runs the whole chain on the demo world: embed, pretrain LIFT and CLIP, tune LLaVA on both, evaluate, compare."""
 
-    out: Path = Path("runs/demo")
-    """Folder for everything the demo makes; a second run reuses what is finished there."""
+    out: Path | None = None
+    """Folder for everything the demo makes, runs/demo (runs/demo_SIZE for other sizes); what is finished there is reused."""
     size: Literal["tiny", "small", "full"] = "small"
     """tiny checks that the chain works; small takes a quarter of an hour on two cores; full is for a longer wait."""
     seed: int = 0
     """Seed of the world and of every training."""
     until: str | None = None
     """Name of the last stage to run; all of them by default."""
+
+    @property
+    def folder(self) -> Path:
+        return self.out or Path("runs", "demo" if self.size == "small" else f"demo_{self.size}")
 
 
 @dataclass(kw_only=True)
@@ -102,8 +106,8 @@ class LanguageModelSettings:
 class TextEncodersSettings:
     """Pretrains LIFT against every text side of the demo and CLIP beside it, and writes the table of hard negatives."""
 
-    out: Path = Path("runs/demo")
-    """Folder of a demo; what is missing in it is made."""
+    out: Path | None = None
+    """Folder of a demo, as for `run`; what is missing in it is made."""
     size: Literal["tiny", "small", "full"] = "small"
     """Size of the demo."""
     seed: int = 0

@@ -31,12 +31,13 @@ class Row:
 def compare_text_encoders(settings: TextEncodersSettings) -> None:
     """Trains what is missing and writes OUT/text_encoders.txt."""
     run_settings = RunSettings(out=settings.out, size=settings.size, seed=settings.seed)
-    rows = text_sides(settings.out)
-    run_stages(stages_of(rows, run_settings), settings.out)
-    results = [read_json(settings.out / f"encoder_{row.name}" / "results.json")["metrics"] for row in rows]
+    out = run_settings.folder
+    rows = text_sides(out)
+    run_stages(stages_of(rows, run_settings), out)
+    results = [read_json(out / f"encoder_{row.name}" / "results.json")["metrics"] for row in rows]
     table = results_table([row.label for row in rows], results)
-    write_text(settings.out / "text_encoders.txt", table + "\n")
-    print(f"\n{table}\n{settings.out / 'text_encoders.txt'}")
+    write_text(out / "text_encoders.txt", table + "\n")
+    print(f"\n{table}\n{out / 'text_encoders.txt'}")
 
 
 def text_sides(out: Path) -> list[Row]:
@@ -60,7 +61,7 @@ def stages_of(rows: list[Row], settings: RunSettings) -> list[Stage]:
     chain = demo[: last + 1]
     for row in rows:
         if row.changes:
-            chain += [pretrain(row.name, "lift", settings, *row.changes), measure_encoder(row.name, settings.out)]
+            chain += [pretrain(row.name, "lift", settings, *row.changes), measure_encoder(row.name, settings.folder)]
     return chain
 
 

@@ -23,7 +23,7 @@ from demo.hard_negatives import KINDS, hard_negative
 from demo.questions import CATEGORY_COLUMNS, LETTERS, TEMPLATES, Question, balanced_questions
 from demo.scene import Scene, long_caption, random_scene, render, short_caption
 from demo.settings import IMAGE_SIZE, SIZES, Size, WorldSettings
-from lift.common.files import atomic_folder, read_json, write_json, write_jsonl
+from lift.common.files import atomic_folder, check_output_folder, read_json, write_json, write_jsonl
 
 FORMAT = 1
 """Raise it when the same settings give another world."""
@@ -38,6 +38,7 @@ def write_world(settings: WorldSettings) -> None:
     if (settings.out / "world.json").is_file() and read_json(settings.out / "world.json") == stamp:
         print(f"{settings.out}: the demo world is there, reused")
         return
+    check_output_folder(settings.out, "world.json")
     size = SIZES[settings.size]
     with atomic_folder(settings.out) as folder, tqdm(total=_images(size), desc="render world", unit="image") as progress:
         artist = _Artist(settings.seed, progress)

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from eval.mmbench import circular_hits, score_records
-from eval.output import check_output_folder, format_table, percent
+from eval.output import format_table, percent
 from eval.paired import holm, paired_result
 from eval.settings import CompareSettings, given
 from lift.common.errors import UserError
-from lift.common.files import atomic_folder, read_json, read_jsonl, require_folder, write_json, write_jsonl
+from lift.common.files import atomic_folder, check_output_folder, read_json, read_jsonl, require_folder, write_json, write_jsonl
 
 Records = list[dict[str, Any]]
 

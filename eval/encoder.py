@@ -18,10 +18,10 @@ from tqdm import tqdm
 
 from eval.encoder_data import SUBTASKS, HardNegatives, Pair, decode, read_hard_negatives, read_pairs
 from eval.metrics import Metric, hard_negative_accuracy, recall_at, retrieval_ranks
-from eval.output import check_output_folder, format_table, percent
+from eval.output import format_table, percent
 from eval.settings import EncoderSettings, given
 from lift.common.errors import UserError
-from lift.common.files import atomic_folder, read_json, require_folder, write_json, write_jsonl
+from lift.common.files import atomic_folder, check_output_folder, read_json, require_folder, write_json, write_jsonl
 
 RECALL_AT = (1, 5, 10)
 

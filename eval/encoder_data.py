@@ -7,8 +7,6 @@ allowed, and are then listed.
 from __future__ import annotations
 
 import hashlib
-import io
-import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +14,10 @@ from PIL import Image
 
 from lift.common.errors import UserError
 from lift.common.files import read_json, require_folder, sha256_file, sha256_text
+from lift.common.images import ImageFault, decode_image
+from lift.common.ledger import DropLedger
+from lift.settings import SourceSettings
+from lift.sources import read_sources
 
 SUBTASKS = ("replace_obj", "replace_att", "replace_rel", "swap_obj", "swap_att", "add_obj", "add_att")
 
@@ -87,40 +89,18 @@ def _add_item(found: HardNegatives, file: Path, identifier: str, entry: object, 
 
 
 def read_pairs(folder: Path) -> tuple[list[Pair], str]:
-    """All pairs of the tars in `folder` in the order of names, with the first caption (KEY.txt), and the data's hash.
-
-    Members are read in memory; nothing is unpacked to disk.
+    """All pairs of the webdataset tars in `folder`, with the first caption of each, and the data's hash.
 
     Raises:
-        UserError: no tar, an unreadable tar, a key without image or caption, an empty caption, no pair.
+        UserError: no tar, an unreadable tar, a key without image or caption, no pair.
     """
-    tars = sorted(require_folder(folder, "a folder with tars of held-out pairs").glob("*.tar"))
-    if not tars:
-        raise UserError(f"{folder}: expected tars with KEY.jpg and KEY.txt, found none.")
-    pairs: list[Pair] = []
-    for path in tars:
-        parts: dict[str, dict[str, bytes]] = {}
-        try:
-            with tarfile.open(path) as tar:
-                for member in tar:
-                    key, _, extension = member.name.rpartition(".")
-                    kind = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "caption"}.get(
-                        extension.lower()
-                    )
-                    content = tar.extractfile(member) if kind and member.isfile() else None
-                    if kind and content is not None:
-                        parts.setdefault(key, {})[kind] = content.read()
-        except (tarfile.TarError, EOFError, OSError) as error:
-            raise UserError(f"{path}: expected a tar, but it cannot be read: {error}") from error
-        for key, part in sorted(parts.items()):
-            caption = part.get("caption", b"").decode("utf-8", errors="replace").strip()
-            if "image" not in part or not caption:
-                raise UserError(
-                    f"{path}: key {key}: expected an image and a caption, found no {'caption' if 'image' in part else 'image'}."
-                )
-            pairs.append(Pair(f"{path.stem}/{key}", part["image"], caption))
-    if not pairs:
-        raise UserError(f"{folder}: expected pairs in its tars, found none.")
+    ledger = DropLedger()
+    shards = read_sources([SourceSettings(kind="webdataset", path=folder, name=folder.name)], ledger)
+    if len(ledger):
+        key, cause, _ = ledger.rows()[0]
+        raise UserError(f"{folder}: key {key}: {cause}. Two encoders are comparable only on the same pairs; mend or remove it.")
+    samples = [sample for shard in shards for sample in shard.samples]
+    pairs = [Pair(sample.key, sample.image.read(), next(iter(sample.captions.values()))) for sample in samples]
     lines = [f"{pair.key} {hashlib.sha256(pair.image).hexdigest()} {pair.caption}" for pair in pairs]
     return pairs, sha256_text("\n".join(lines))
 
@@ -128,7 +108,6 @@ def read_pairs(folder: Path) -> tuple[list[Pair], str]:
 def decode(source: Path | bytes, name: str) -> Image.Image:
     """An RGB image. Raises UserError, naming `name`, when it cannot be decoded."""
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return decode_image(source)
+    except (OSError, ImageFault) as error:
         raise UserError(f"{name}: expected an image, but it cannot be decoded: {error}") from error

@@ -15,12 +15,13 @@ from eval.lmms_model import clean_answer
 from eval.lmms_run import run_lmms_eval
 from eval.mmbench import record, score_records
 from eval.mmbench_data import TASK, read_questions
-from eval.output import check_output_folder, format_table, percent
+from eval.output import format_table, percent
 from eval.score import score_table
 from eval.settings import LmmSettings, StockSettings, given
 from lift.common.errors import UserError
 from lift.common.files import (
     atomic_folder,
+    check_output_folder,
     read_json,
     read_jsonl,
     require_file,

@@ -9,20 +9,18 @@ import base64
 import binascii
 import hashlib
 import importlib.util
-import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import yaml
-from PIL import Image
 
 from eval.mmbench import OPTION_LETTERS, ROTATION_STRIDE
-from eval.output import check_output_folder
 from eval.settings import DataSettings, given
 from lift.common.errors import UserError
-from lift.common.files import atomic_folder, require_file, write_text
+from lift.common.files import atomic_folder, check_output_folder, require_file, write_text
+from lift.common.images import ImageFault, decode_image
 
 TASK = "mmbench_en_dev_static"
 REQUIRED = ("index", "question", "A", "B", "answer", "category", "image", "l2-category")
@@ -152,9 +150,8 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
 def _decode_image(cell: str, where: str) -> tuple[bytes, str]:
     try:
         content = base64.b64decode(cell, validate=True)
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-    except (binascii.Error, ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        decode_image(content)
+    except (binascii.Error, ImageFault) as error:
         raise UserError(f"{where}: expected a base64 JPEG or PNG image, but it cannot be decoded: {error}") from error
     return content, hashlib.sha256(content).hexdigest()
 

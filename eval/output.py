@@ -1,11 +1,8 @@
-"""What the commands of `lift-eval` share when they write: plain-text tables, percent figures, a guard on output folders."""
+"""What the commands of `lift-eval` share when they write: plain-text tables and percent figures."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-
-from lift.common.errors import UserError
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
@@ -24,11 +21,3 @@ def percent(fraction: float | None, signed: bool = False) -> str:
     if fraction is None:
         return "–"
     return f"{100 * fraction:+.2f}" if signed else f"{100 * fraction:.2f}"
-
-
-def check_output_folder(path: Path, marker: str) -> None:
-    """Raises UserError when `path` holds something other than an earlier result, which would have the file `marker`."""
-    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / marker).is_file()):
-        raise UserError(
-            f"{path}: expected a new folder or an earlier result (with {marker}), found other files. Choose another --out."
-        )

@@ -26,6 +26,7 @@ from lift.common.files import read_json, read_jsonl, require_folder, sha256_file
 # Okabe and Ito's palette, told apart with every kind of colour vision; the marker's shape says the same once more.
 COLOURS = {"a": "#0072B2", "b": "#D55E00", "neither": "#5F5F5F"}
 SYMBOLS = {"a": "circle", "b": "diamond", "neither": "square-open"}
+SIGNIFICANT = 0.05
 THUMBNAIL = 200
 """Longest side of a question's image in pixels."""
 
@@ -55,7 +56,7 @@ def report(settings: ReportSettings) -> None:
 
 
 def headline(comparison: dict[str, Any]) -> str:
-    """One sentence with the overall difference and what its interval allows one to say."""
+    """One sentence with the overall difference and what the exact test allows one to say."""
     a, b = comparison["name_a"], comparison["name_b"]
     row = comparison["rows"][0]
     text = (
@@ -65,10 +66,12 @@ def headline(comparison: dict[str, Any]) -> str:
     if row["interval"] is None:
         return f"{text}; one group says nothing about others like it."
     low, high = row["interval"]
-    text += f" (95 % interval {percent(low, signed=True)} to {percent(high, signed=True)})"
-    if low > 0 or high < 0:
-        return f"{text}. The interval leaves out zero: on questions like these, {a if low > 0 else b} is ahead."
-    return f"{text}. The interval holds zero: these questions do not tell which of the two is ahead."
+    interval = f"{percent(low, signed=True)} to {percent(high, signed=True)}"
+    text += f" (95 % interval {interval}; exact McNemar p {p_value(row['p_value'])})"
+    ahead = _ahead(row)
+    if ahead == "neither":
+        return f"{text}. These questions do not tell which of the two is ahead."
+    return f"{text}. On questions like these, {a if ahead == 'a' else b} is ahead."
 
 
 def forest_plot(comparison: dict[str, Any]) -> str:
@@ -76,7 +79,11 @@ def forest_plot(comparison: dict[str, Any]) -> str:
     rows = list(reversed(comparison["rows"]))
     figure = go.Figure()
     figure.add_vline(x=0, line_width=1, line_color="#333")
-    legend = {"a": f"{comparison['name_a']} ahead", "b": f"{comparison['name_b']} ahead", "neither": "interval holds zero"}
+    legend = {
+        "a": f"{comparison['name_a']} ahead",
+        "b": f"{comparison['name_b']} ahead",
+        "neither": "no significant difference",
+    }
     labels = [_label(row) for row in rows]
     for side, text in legend.items():
         chosen = [(label, row) for label, row in zip(labels, rows, strict=True) if _ahead(row) == side]
@@ -174,7 +181,9 @@ def p_value(p: float | None) -> str:
 
 
 def _ahead(row: dict[str, Any]) -> str:
-    if row["interval"] is None or row["interval"][0] <= 0 <= row["interval"][1]:
+    """By the exact test, adjusted within its level: the bootstrap interval is too narrow where few groups differ."""
+    p = row["p_value"] if row["p_holm"] is None else row["p_holm"]
+    if p >= SIGNIFICANT:
         return "neither"
     return "a" if row["difference"] > 0 else "b"
 

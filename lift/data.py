@@ -5,22 +5,30 @@ The crop and the choice of caption are seeded by (seed, epoch, sample), so a bat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from lift.images import decode, random_resized_crop
+from lift.common.images import ImageFault, decode_image
+from lift.images import random_resized_crop
 from lift.order import batch_positions
 from lift.settings import PretrainSettings
 from lift.sources import Sample
 
-Collate = Callable[[list[str], list[str]], dict[str, Tensor]]
-"""(caption keys, captions) of a batch to the tensors of its text side."""
+
+class TextSide(Protocol):
+    """The text side of batches."""
+
+    def __call__(self, caption_keys: list[str], captions: list[str]) -> dict[str, Tensor]:
+        """The tensors of a batch; what stands for an unusable caption is arbitrary."""
+        ...
+
+    def is_usable(self, caption_key: str) -> bool: ...
 
 
 @dataclass
@@ -33,6 +41,10 @@ class Batch:
     keys: list[str]
     faults: list[tuple[str, str, str]]
     """(key, cause, detail) for the drop ledger."""
+
+    def pin_memory(self) -> Batch:
+        text = {name: tensor.pin_memory() for name, tensor in self.text.items()}
+        return Batch(self.pixels_B3HW.pin_memory(), text, self.valid_B.pin_memory(), self.keys, self.faults)
 
 
 class PairDataset(Dataset):
@@ -58,8 +70,8 @@ class PairDataset(Dataset):
         caption_key, caption = self.caption_of(epoch, index)
         item = {"key": sample.key, "caption_key": caption_key, "caption": caption, "fault": None}
         try:
-            image = decode(sample.image.read())
-        except (OSError, ValueError, SyntaxError) as error:  # PIL raises all three on damaged files
+            image = decode_image(sample.image.read())
+        except (OSError, ImageFault) as error:
             return item | {"pixels": np.zeros((3, size, size), np.uint8), "fault": f"{type(error).__name__}: {error}"}
         crop = np.random.default_rng([self.settings.seed, epoch, index, 2])
         return item | {"pixels": random_resized_crop(image, size, self.settings.crop_scale, crop)}
@@ -82,7 +94,7 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
 
 def make_loader(
-    samples: list[Sample], settings: PretrainSettings, text_side: Collate, steps: range, rank: int, world: int
+    samples: list[Sample], settings: PretrainSettings, text_side: TextSide, steps: range, rank: int, world: int
 ) -> DataLoader:
     """Loader over the batches of `steps`, in order."""
 
@@ -90,7 +102,7 @@ def make_loader(
         return Batch(
             pixels_B3HW=torch.from_numpy(np.stack([item["pixels"] for item in items])),
             text=text_side([item["caption_key"] for item in items], [item["caption"] for item in items]),
-            valid_B=torch.tensor([item["fault"] is None for item in items]),
+            valid_B=torch.tensor([item["fault"] is None and text_side.is_usable(item["caption_key"]) for item in items]),
             keys=[item["key"] for item in items],
             faults=[(item["key"], "undecodable image", item["fault"]) for item in items if item["fault"]],
         )

@@ -19,14 +19,21 @@ def embed(settings: EmbedSettings) -> None:
     """Embeds every caption of every source, shard by shard; finished shards of an earlier, interrupted run are kept."""
     ledger = DropLedger()
     shards = read_sources(settings.data, ledger)
-    embed_shards(shards, settings.text_encoder, settings.out, ledger)
-    samples = sum(len(shard.samples) for shard in shards)
-    ledger.check(samples + len(ledger), settings.max_drop_fraction, settings.out / "dropped.jsonl")
-    print(f"{settings.out}: {len(EmbeddingStore(settings.out))} embeddings of {samples} samples; {ledger.summary(samples)}")
+    total = sum(len(shard.samples) for shard in shards) + len(ledger)
+    embed_shards(shards, settings.text_encoder, settings.out, ledger, settings.max_drop_fraction)
+    print(f"{settings.out}: {len(EmbeddingStore(settings.out))} embeddings; {ledger.summary(total)}")
 
 
-def embed_shards(shards: list[Shard], text_encoder: TextEncoderSettings, out: Path, ledger: DropLedger) -> None:
-    """Writes the shards that are missing, then the manifest. A caption whose embedding is not finite goes to the ledger."""
+def embed_shards(
+    shards: list[Shard], text_encoder: TextEncoderSettings, out: Path, ledger: DropLedger, max_drop_fraction: float
+) -> None:
+    """Writes the shards that are missing, then the manifest. A caption whose embedding is not finite goes to the ledger.
+
+    Raises:
+        UserError: the store was made by another encoder or of other data, or more samples are lost than allowed; then there
+            is no manifest, and the next call looks at the finished shards again.
+    """
+    total = sum(len(shard.samples) for shard in shards) + len(ledger)
     if is_store_of(out, shards, text_encoder):
         print(f"{out}: embeddings are complete, reused")
         return
@@ -38,11 +45,15 @@ def embed_shards(shards: list[Shard], text_encoder: TextEncoderSettings, out: Pa
         keyed = [(key, caption) for sample in shard.samples for key, caption in sample.captions.items()]
         embeddings = encoder.encode([caption for _, caption in keyed], progress=shard.name)
         finite = np.atleast_1d(np.isfinite(embeddings.astype(np.float16)).all(axis=1))
-        for (key, _), ok in zip(keyed, finite, strict=True):
-            if not ok:
-                ledger.drop(key, "embedding not finite")
         kept = [pair for pair, ok in zip(keyed, finite, strict=True) if ok]
         writer.write_shard(shard.name, [k for k, _ in kept], [c for _, c in kept], embeddings[finite])
+    # Told from the files, so that shards of an interrupted run are counted too.
+    for shard in shards:
+        embedded = set(writer.keys(shard.name))
+        for sample in shard.samples:
+            if lost := sample.captions.keys() - embedded:
+                ledger.drop(sample.key, "embedding not finite", ", ".join(sorted(lost)))
+    ledger.check(total, max_drop_fraction, out / "dropped.jsonl")
     writer.finish([shard.name for shard in shards])
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -109,14 +110,17 @@ class Encoder:
 
 def load_encoder(folder: Path) -> Encoder:
     """Raises UserError when `folder` is not a whole encoder folder."""
-    return Encoder(folder)
+    try:
+        return Encoder(folder)
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder}: not a whole encoder folder: {str(error).splitlines()[0]}. Export it again.") from error
 
 
 def load_checked(model_class: Any, folder: Path) -> Any:
     """`from_pretrained` in float32 that refuses missing and unexpected weights, of which transformers only warns."""
     try:
         model, info = model_class.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder}: expected a {model_class.__name__} folder: {error}") from error
     faults = {name: sorted(info[name])[:3] for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[name]}
     if faults:

@@ -14,13 +14,12 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from lift.common.errors import UserError
-from lift.common.files import atomic_folder, require_file, write_json
+from lift.common.files import atomic_folder, check_output_folder, read_json, require_file, write_json
 from lift.common.settings import parse_settings
 from lift.images import image_processor
 from lift.model import clip_text_config, vision_config
-from lift.run_folder import checkpoints
+from lift.run_folder import TEXT_ENCODER, TOKENIZER, checkpoints
 from lift.settings import ExportSettings, PretrainSettings
-from lift.store import EmbeddingStore
 
 FORMAT = 1
 
@@ -43,6 +42,7 @@ def export_encoder(run: Path, out: Path, step: int | None = None) -> None:
     if chosen not in found:
         raise UserError(f"{run}: no checkpoint {'' if step is None else step}; it has {sorted(found) or 'none'}.")
     state = load_file(found[chosen] / "model.safetensors")
+    check_output_folder(out, "lift_config.json")
     with atomic_folder(out) as folder:
         _save_vision(settings, state, folder)
         head = {name: tensor for name, tensor in state.items() if not name.startswith(("vision.", "text_tower."))}
@@ -51,8 +51,7 @@ def export_encoder(run: Path, out: Path, step: int | None = None) -> None:
         if settings.objective == "clip":
             _save_text_tower(settings, state, run, folder / "text_tower")
         else:
-            assert settings.embeddings is not None
-            text = EmbeddingStore(settings.embeddings).manifest["encoder"]
+            text = read_json(run / TEXT_ENCODER, "the description of the run's text encoder")
         write_json(
             folder / "lift_config.json",
             {
@@ -78,7 +77,7 @@ def _save_vision(settings: PretrainSettings, state: dict[str, Tensor], folder: P
 
 
 def _save_text_tower(settings: PretrainSettings, state: dict[str, Tensor], run: Path, folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(run / "tokenizer")
+    tokenizer = AutoTokenizer.from_pretrained(run / TOKENIZER)
     config = clip_text_config(settings.clip_text, tokenizer)
     config.architectures = ["CLIPTextModelWithProjection"]
     config.save_pretrained(folder)

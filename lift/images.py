@@ -5,7 +5,6 @@ Bytes of an image come in; uint8 crops (training) or normalised float batches (e
 
 from __future__ import annotations
 
-import io
 import math
 
 import numpy as np
@@ -21,7 +20,7 @@ OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 def image_processor(image_size: int) -> CLIPImageProcessorPil:
     """Evaluation preprocessing: shorter side to `image_size` (bicubic), centre crop, OpenAI CLIP mean and deviation.
 
-    The PIL backend is pixel-identical to what CLIP and LLaVA were trained with; torchvision's differs by a grey level.
+    The PIL backend is pixel-identical to what CLIP was trained with; torchvision's differs by a grey level.
     """
     return CLIPImageProcessorPil(
         size={"shortest_edge": image_size},
@@ -29,13 +28,6 @@ def image_processor(image_size: int) -> CLIPImageProcessorPil:
         image_mean=list(OPENAI_CLIP_MEAN),
         image_std=list(OPENAI_CLIP_STD),
     )
-
-
-def decode(data: bytes) -> Image.Image:
-    """RGB image. Raises OSError (PIL's) when the bytes are not a whole image."""
-    image = Image.open(io.BytesIO(data))
-    image.load()
-    return image.convert("RGB")
 
 
 def random_resized_crop(

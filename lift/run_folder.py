@@ -5,6 +5,7 @@ Everything a later call needs to go on exactly where this one stopped, and every
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -18,33 +19,49 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lift.common.environment import describe_environment
 from lift.common.errors import UserError
-from lift.common.files import atomic_folder, read_json, read_jsonl, write_json, write_jsonl
+from lift.common.files import atomic_folder, read_json, read_jsonl, read_whole_rows, write_json, write_jsonl
 from lift.common.ledger import DropLedger
 from lift.common.settings import save_settings, to_plain
 from lift.settings import PretrainSettings
+from lift.sources import Sample
 
 FREE_TO_CHANGE = frozenset({"workers", "log_every", "checkpoint_every", "max_drop_fraction"})
 """Settings that do not change the weights; a run may be continued with others."""
 CHECKPOINTS_KEPT = 2
+TOKENIZER = "tokenizer"
+"""Folder of the CLIP baseline's tokenizer."""
+TEXT_ENCODER = "text_encoder.json"
+"""Description of the text encoder that LIFT was aligned to."""
 
 
-def open_run(settings: PretrainSettings) -> None:
-    """Creates the run folder, or checks that the one that is there was started with the same settings.
+def open_run(settings: PretrainSettings, samples: list[Sample]) -> None:
+    """Creates the run folder, or checks that what has been trained there came from the same settings and data.
 
     Raises:
-        UserError: the folder holds a run with other settings; the first differing key is named.
+        UserError: the folder holds a run with other settings or data; the first difference is named.
     """
+    now = to_plain(settings) | {"samples_sha256": _fingerprint(samples)}
     saved = settings.out / "config.yaml"
-    if saved.is_file():
-        before, now = yaml.safe_load(saved.read_text()), to_plain(settings)
+    if finished(settings.out) is not None or checkpoints(settings.out):
+        before = yaml.safe_load(saved.read_text()) | read_json(settings.out / "data.json")
         for key in sorted(now.keys() - FREE_TO_CHANGE):
             if before.get(key) != now[key]:
                 raise UserError(
                     f"{settings.out}: holds a run with {key}={before.get(key)}, this call says {now[key]}. "
                     "Give another --out, or delete that folder."
                 )
-    save_settings(settings, saved)
-    write_json(settings.out / "environment.json", describe_environment())
+    if finished(settings.out) is None:
+        save_settings(settings, saved)
+        write_json(settings.out / "data.json", {"samples_sha256": now["samples_sha256"], "samples": len(samples)})
+        write_json(settings.out / "environment.json", describe_environment())
+
+
+def _fingerprint(samples: list[Sample]) -> str:
+    """Hash of all keys and captions in their order, which decide what every step sees."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(f"{sample.key}\0{sample.captions}\n".encode())
+    return digest.hexdigest()
 
 
 def finished(run: Path) -> dict[str, Any] | None:
@@ -58,25 +75,27 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted((run / "checkpoints").glob("step_" + "[0-9]" * 8))
 
 
-def save_checkpoint(run: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, ledger: DropLedger) -> None:
+def save_checkpoint(
+    run: Path, step: int, seconds: float, model: nn.Module, optimizer: torch.optim.Optimizer, ledger: DropLedger
+) -> None:
     """Writes model, optimizer, data position (the step) and ledger beside and renames; older ones beyond two are removed."""
     with atomic_folder(run / "checkpoints" / f"step_{step:08d}") as folder:
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
         torch.save(optimizer.state_dict(), folder / "optimizer.pt")
         ledger.write(folder / "dropped.jsonl")
-        write_json(folder / "state.json", {"step": step})
+        write_json(folder / "state.json", {"step": step, "seconds": seconds})
     for old in checkpoints(run)[:-CHECKPOINTS_KEPT]:
         shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, ledger: DropLedger) -> int:
-    """Fills model, optimizer and ledger; returns the number of steps done."""
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ledger: DropLedger) -> tuple[int, float]:
+    """Fills model, optimizer and ledger; returns the steps done and the seconds they took."""
     model.load_state_dict(load_file(folder / "model.safetensors"))
-    if optimizer is not None:
-        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True, map_location="cpu"))
     for row in read_jsonl(folder / "dropped.jsonl"):
         ledger.drop(row["key"], row["cause"], row["detail"])
-    return int(read_json(folder / "state.json")["step"])
+    state = read_json(folder / "state.json")
+    return int(state["step"]), float(state["seconds"])
 
 
 class Metrics:
@@ -85,7 +104,7 @@ class Metrics:
     def __init__(self, run: Path, first_step: int) -> None:
         path = run / "metrics.jsonl"
         if path.is_file():
-            write_jsonl(path, [row for row in _whole_rows(path) if row["step"] <= first_step])
+            write_jsonl(path, [row for row in read_whole_rows(path) if row["step"] <= first_step])
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
 
@@ -99,14 +118,3 @@ class Metrics:
     def close(self) -> None:
         self._file.close()
         self._board.close()
-
-
-def _whole_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a file whose last line may have been cut by a kill."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows

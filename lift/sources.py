@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import tarfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,15 @@ def read_sources(sources: list[SourceSettings], ledger: DropLedger) -> list[Shar
     readers = {"webdataset": _read_webdataset, "coco_captions": _read_coco, "llava_json": _read_llava}
     shards = [shard for source in sources for shard in readers[source.kind](source, ledger)]
     seen: set[str] = set()
+    name, times = Counter(shard.name for shard in shards).most_common(1)[0] if shards else ("", 0)
+    if times > 1:
+        raise UserError(f"two sources have a shard '{name}'. Give the sources different names (data.name).")
     for shard in shards:
         for sample in shard.samples:
             if sample.key in seen:
                 raise UserError(
-                    f"key '{sample.key}' of {shard.name} occurs twice. Give the sources different names (data.name)."
+                    f"key '{sample.key}' of {shard.name} occurs twice. Mend the file, or give the sources different names "
+                    "(data.name)."
                 )
             seen.add(sample.key)
     if not seen:
@@ -110,8 +115,12 @@ def _tar_members(tar: Path) -> dict[str, dict[str, tuple[int, int]]]:
             for member in archive:
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if member.isfile():
-                    stem, _, suffix = member.name.rpartition("/")[2].partition(".")
-                    members.setdefault(stem, {})[suffix.lower()] = (member.offset_data, member.size)
+                    folder, slash, name = member.name.removeprefix("./").rpartition("/")
+                    stem, _, suffix = name.partition(".")
+                    parts = members.setdefault(f"{folder}{slash}{stem}", {})
+                    if suffix.lower() in parts:
+                        raise tarfile.ReadError(f"member {member.name} occurs twice")
+                    parts[suffix.lower()] = (member.offset_data, member.size)
         # tarfile takes a file that was cut off for one that ends there; only the mark of the end tells them apart
         if ImageLocation(tar, end, tarfile.BLOCKSIZE).read() != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"the mark of its end is missing at byte {end} of {tar.stat().st_size}")
@@ -121,48 +130,70 @@ def _tar_members(tar: Path) -> dict[str, dict[str, tuple[int, int]]]:
 
 
 def _webdataset_sample(key: str, parts: dict[str, tuple[int, int]], tar: Path, ledger: DropLedger) -> Sample | None:
+    """Captions: `captions` or `caption` of KEY.json, else KEY.txt."""
     captions: list[Any] = []
     if "json" in parts:
         try:
             record = json.loads(ImageLocation(tar, *parts["json"]).read())
-            captions = record.get("captions") or [record.get("caption")]
-        except (ValueError, AttributeError) as error:
+        except ValueError as error:
             ledger.drop(key, "unreadable metadata", f"{tar.name}: {error}")
             return None
-    elif "txt" in parts:
+        if isinstance(record, dict):
+            found = record.get("captions") or record.get("caption")
+            captions = found if isinstance(found, list) else [] if found is None else [found]
+    if not captions and "txt" in parts:
         captions = [ImageLocation(tar, *parts["txt"]).read().decode("utf-8", errors="replace")]
     suffix = next((s for s in parts if s in IMAGE_SUFFIXES), None)
     return _sample(key, captions, ImageLocation(tar, *parts[suffix]) if suffix else None, ledger)
 
 
 def _read_coco(source: SourceSettings, ledger: DropLedger) -> Iterator[Shard]:
-    assert source.images is not None
-    images = require_folder(source.images, "the folder of the COCO images")
     content = read_json(source.path, "COCO captions")
-    if not isinstance(content, dict) or not {"images", "annotations"} <= content.keys():
-        raise UserError(f"{source.path}: expected COCO captions with 'images' and 'annotations'. Check data.path.")
-    captions: dict[Any, list[str]] = {}
-    for annotation in content["annotations"]:
-        captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
-    samples = []
-    for record in content["images"]:
-        path = images / record.get("split", "") / record["file_name"]
-        location = ImageLocation(path) if path.is_file() else None
-        samples.append(_sample(f"{source.name}/{record['id']}", captions.get(record["id"], []), location, ledger))
-    yield Shard(f"{source.name}-{source.path.stem}", [sample for sample in samples if sample is not None])
+    if not isinstance(content, dict) or not all(isinstance(content.get(name), list) for name in ("images", "annotations")):
+        raise UserError(f"{source.path}: expected COCO captions with the lists 'images' and 'annotations'. Check data.path.")
+    captions: dict[Any, list[Any]] = {}
+    for number, annotation in enumerate(content["annotations"]):
+        if isinstance(annotation, dict) and isinstance(annotation.get("image_id"), (int, str)):
+            captions.setdefault(annotation["image_id"], []).append(annotation.get("caption"))
+        else:
+            ledger.drop(f"{source.name}/annotations#{number}", "malformed record", "expected image_id and caption")
+
+    def read(record: dict[str, Any]) -> tuple[str, list[Any]]:
+        return f"{record.get('split', '')}/{record['file_name']}".lstrip("/"), captions.get(record["id"], [])
+
+    yield _json_shard(source, content["images"], read, ledger)
 
 
 def _read_llava(source: SourceSettings, ledger: DropLedger) -> Iterator[Shard]:
-    assert source.images is not None
-    images = require_folder(source.images, "the folder of the LLaVA images")
     content = read_json(source.path, "LLaVA conversations")
     if not isinstance(content, list):
         raise UserError(f"{source.path}: expected a list of conversations, found a {type(content).__name__}. Check data.path.")
+
+    def read(record: dict[str, Any]) -> tuple[str, list[Any]]:
+        answers = [turn["value"] for turn in record["conversations"] if turn["from"] == "gpt"]
+        return record["image"], answers[:1]
+
+    yield _json_shard(source, content, read, ledger)
+
+
+def _json_shard(
+    source: SourceSettings, records: list[Any], read: Callable[[Any], tuple[str, list[Any]]], ledger: DropLedger
+) -> Shard:
+    """The samples of one JSON file. `read` gives image name and captions of a record; what it chokes on goes to the ledger."""
+    assert source.images is not None
+    images = require_folder(source.images, f"the folder of the images of {source.path.name}")
     samples = []
-    for record in content:
-        path = images / str(record.get("image", ""))
-        answers = [turn["value"] for turn in record.get("conversations", []) if turn.get("from") == "gpt"]
-        samples.append(
-            _sample(f"{source.name}/{record['id']}", answers[:1], ImageLocation(path) if path.is_file() else None, ledger)
-        )
-    yield Shard(f"{source.name}-{source.path.stem}", [sample for sample in samples if sample is not None])
+    for number, record in enumerate(records):
+        try:
+            key = f"{source.name}/{record['id']}"
+            name, captions = read(record)
+            path = images / name
+        except (KeyError, TypeError) as error:
+            ledger.drop(f"{source.name}/#{number}", "malformed record", f"{type(error).__name__}: {error}")
+            continue
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            ledger.drop(key, "image outside its folder", name)
+            continue
+        sample = _sample(key, captions, ImageLocation(path) if path.is_file() else None, ledger)
+        samples += [sample] if sample is not None else []
+    return Shard(f"{source.name}-{source.path.stem}", samples)

@@ -35,7 +35,7 @@ class StoreWriter:
         self.folder = folder
         self.header = {"format": FORMAT, "encoder": encoder, "dimension": dimension, "dtype": "float16"}
         started = folder / "encoder.json"
-        if started.is_file() and read_json(started) != self.header:
+        if any(folder.glob("*.arrow")) and read_json(started, "the description of a started store") != self.header:
             raise UserError(
                 f"{folder}: holds embeddings of another text encoder ({started}). Choose another folder, or delete it."
             )
@@ -46,6 +46,10 @@ class StoreWriter:
 
     def has(self, shard: str) -> bool:
         return self.path(shard).is_file()
+
+    def keys(self, shard: str) -> list[str]:
+        with pa.memory_map(self.path(shard).as_posix()) as source:
+            return pa.ipc.open_file(source).read_all()["key"].to_pylist()
 
     def write_shard(self, shard: str, keys: list[str], captions: list[str], embeddings: np.ndarray) -> None:
         """`embeddings` is [rows, dimension] of any float type, stored as float16 in the order given."""
@@ -92,6 +96,8 @@ class EmbeddingStore:
                     f"{path}: expected {entry['rows']} rows, found {table.num_rows}. Delete the store and embed again."
                 )
             for key in table["key"].to_pylist():
+                if key in self._row:
+                    raise UserError(f"{path}: the key '{key}' occurs twice in the store. Delete the store and embed again.")
                 self._row[key] = len(self._row)
             hashes.append(table["caption_hash"].to_numpy())
             for chunk in table["embedding"].chunks:

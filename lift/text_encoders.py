@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,18 +36,28 @@ def load_text_encoder(settings: TextEncoderSettings) -> TextEncoder:
     path = str(minilm_folder()) if settings.kind == "minilm" else str(settings.path)
     try:
         return loader(path, settings)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise UserError(f"text_encoder.path {path}: cannot load a {settings.kind} model: {_first_line(error)}") from error
 
 
 def describe_text_encoder(settings: TextEncoderSettings) -> dict[str, Any]:
     """What the manifest records: the settings that change embeddings, and the revision (hash of weights and tokenizer)."""
-    path = minilm_folder() if settings.kind == "minilm" else Path(str(settings.path))
-    files = sorted([*path.glob("*.safetensors"), *path.glob("tokenizer*.json"), *path.glob("*_Pooling/config.json")])
-    revision = sha256_text(json.dumps([sha256_file(file) for file in files])) if files else "hub"
+    folder = minilm_folder() if settings.kind == "minilm" else _model_folder(str(settings.path))
+    files = sorted(file for pattern in ("*.safetensors", "*.bin", "*.json", "*/config.json") for file in folder.glob(pattern))
+    revision = sha256_text(json.dumps([f"{file.relative_to(folder)} {sha256_file(file)}" for file in files]))
     described: dict[str, Any] = {"kind": settings.kind, "path": settings.path, "revision": revision, "prompt": settings.prompt}
     described |= {"max_length": settings.max_length}
     return described | ({"pooling": settings.pooling} if settings.kind == "causal_lm" else {})
+
+
+def _model_folder(path: str) -> Path:
+    """The folder itself, or the snapshot of a hub name (fetched when it is not there and the hub can be reached)."""
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"text_encoder.path {path}: no such folder, and no model of that name: {_first_line(error)}") from error
 
 
 def _first_line(error: Exception) -> str:
@@ -81,7 +93,11 @@ class _CausalLMEncoder:
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token or self.tokenizer.unk_token
         self.tokenizer.padding_side = "right"
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval().to(_device())
+        loaded: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto", output_loading_info=True)
+        model, info = loaded
+        if info["missing_keys"]:
+            raise ValueError(f"weights are missing, which would run at random: {sorted(info['missing_keys'])[:3]}")
+        model = model.eval().to(_device())
         self.model: Any = model.base_model
         self.settings = settings
         self.dimension = int(model.config.get_text_config().hidden_size)

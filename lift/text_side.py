@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
@@ -20,27 +18,27 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 class FixedTextSide:
-    """Looks up the embeddings of a batch; rows are found, and their captions checked, once at the start."""
+    """Looks up the embeddings of a batch; rows are found, and their captions checked, once at the start.
 
-    def __init__(self, store: EmbeddingStore) -> None:
+    A caption without an embedding keeps its place in the order, so that the baseline sees the same batches: it is not usable.
+    """
+
+    def __init__(self, store: EmbeddingStore, samples: list[Sample], ledger: DropLedger) -> None:
         self.store = store
         self._row_of_caption: dict[str, int] = {}
-
-    def match(self, samples: list[Sample], ledger: DropLedger) -> list[Sample]:
-        """Samples with the captions that have an embedding; those without any go to the ledger."""
-        matched = []
         for sample in samples:
-            rows = {key: self.store.find(key, caption) for key, caption in sample.captions.items()}
-            self._row_of_caption |= {key: row for key, row in rows.items() if row is not None}
-            captions = {key: caption for key, caption in sample.captions.items() if rows[key] is not None}
-            if captions:
-                matched.append(Sample(sample.key, captions, sample.image))
-            else:
-                ledger.drop(sample.key, "no embedding of this caption", str(self.store.folder))
-        return matched
+            for key, caption in sample.captions.items():
+                row = store.find(key, caption)
+                if row is None:
+                    ledger.drop(sample.key, "no embedding of a caption", f"{key} in {store.folder}")
+                else:
+                    self._row_of_caption[key] = row
+
+    def is_usable(self, caption_key: str) -> bool:
+        return caption_key in self._row_of_caption
 
     def __call__(self, caption_keys: list[str], captions: list[str]) -> dict[str, Tensor]:
-        rows = np.array([self._row_of_caption[key] for key in caption_keys])
+        rows = np.array([self._row_of_caption.get(key, 0) for key in caption_keys])
         return {"embeddings": torch.from_numpy(self.store.rows(rows))}
 
 
@@ -51,18 +49,22 @@ class TrainedTextSide:
         self.tokenizer = tokenizer
         self.context_length = context_length
 
+    def is_usable(self, caption_key: str) -> bool:
+        return True
+
     def __call__(self, caption_keys: list[str], captions: list[str]) -> dict[str, Tensor]:
         batch = self.tokenizer(captions, padding=True, truncation=True, max_length=self.context_length, return_tensors="pt")
         return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
 
 
-def clip_tokenizer(settings: ClipTextSettings, captions: list[str], saved: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in `saved`, or `settings.tokenizer`, or a lower-casing byte-level BPE trained on `captions`.
+def clip_tokenizer(settings: ClipTextSettings, captions: list[str]) -> PreTrainedTokenizerBase:
+    """The tokenizer in `settings.tokenizer`, or else a lower-casing byte-level BPE trained on `captions`.
 
     Raises:
-        UserError: the folder given has no tokenizer, or one without start, end and padding tokens.
+        UserError: the folder given has no tokenizer, or one without start, end and padding tokens, or that does not end a
+            caption with the end token.
     """
-    folder = saved if saved.is_dir() else settings.tokenizer
+    folder = settings.tokenizer
     if folder is None:
         return _train_tokenizer(captions, settings.vocabulary_size)
     try:
@@ -72,6 +74,14 @@ def clip_tokenizer(settings: ClipTextSettings, captions: list[str], saved: Path)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if getattr(tokenizer, name) is None:
             raise UserError(f"clip_text.tokenizer {folder}: CLIP's text tower needs a {name}, this tokenizer has none.")
+    for caption in ("a", "a " * settings.context_length):
+        ids = tokenizer(caption, truncation=True, max_length=settings.context_length)["input_ids"]
+        # transformers takes the largest id for the end token when the configured one is 2 (CLIP's early configurations)
+        if ids[-1] != tokenizer.eos_token_id or tokenizer.eos_token_id == 2:
+            raise UserError(
+                f"clip_text.tokenizer {folder}: CLIP's text feature is taken at the end token, but this tokenizer does not end "
+                "a caption with it, or its id is 2. Leave clip_text.tokenizer out to train one, or give CLIP's own."
+            )
     return tokenizer
 
 

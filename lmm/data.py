@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from lift.common.errors import UserError
 from lift.common.files import read_json, read_jsonl, require_folder, sha256_file, sha256_text
+from lift.common.images import ImageFault, decode_image
 from lift.common.ledger import DropLedger
 from lmm.conversation import IGNORED_LABEL, ConversationEncoder, SampleFault, parse_row
 from lmm.settings import ConversationSource
@@ -75,11 +76,10 @@ def _size(path: Path) -> int:
 def load_image(path: Path) -> Image.Image:
     """RGB image, wholly decoded. Raises SampleFault when the file is missing or cannot be decoded to its end."""
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        return decode_image(path)
     except FileNotFoundError as error:
         raise SampleFault("missing image", str(path)) from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except ImageFault as error:
         raise SampleFault("undecodable image", f"{path}: {error}") from error
 
 

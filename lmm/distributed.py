@@ -38,6 +38,8 @@ def start_process_group() -> tuple[int, int]:
     # The shared-memory collective is compiled at first use, for minutes and only with a C++ compiler; gloo does without it.
     ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logger.setLevel("ERROR")
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # gathering objects sends through the current device
     if not torch.distributed.is_initialized():
         deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
     return torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -1,7 +1,8 @@
 """`lmm finetune`: build, stage 1 and stage 2 in one process, because DeepSpeed's start-up outweighs a small stage.
 
 In: an encoder folder, a language-model folder, conversation files. Out: `build`, `stage1` and `stage2` below one folder; a
-part whose inputs and settings are unchanged is reused, and one that is not is made again.
+part whose inputs and settings are unchanged is reused, a finished one of others is made again, and an unfinished one of others
+is an error: its checkpoints may be worth something.
 """
 
 from __future__ import annotations

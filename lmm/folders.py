@@ -9,7 +9,7 @@ from lift.common.errors import UserError
 from lift.common.files import sha256_file, sha256_text
 
 # What decides how a model behaves; records of how it came to be do not.
-CONTENT = ("*.safetensors", "config.json", "tokenizer.json", "*processor_config.json", "chat_template.jinja")
+CONTENT = ("*.safetensors", "*config.json", "*.jinja", "tokenizer*", "special_tokens_map.json")
 
 
 def content_hash(folder: Path) -> str:

@@ -96,9 +96,10 @@ class StageSettings:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}: expected more than 0, found {value}")
-        for name in ("warmup_ratio", "max_drop_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: expected a share between 0 and 1, found {getattr(self, name)}")
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio: expected a share of at least 0 and below 1, found {self.warmup_ratio}")
+        if not 0 <= self.max_drop_fraction <= 1:
+            raise ValueError(f"max_drop_fraction: expected a share between 0 and 1, found {self.max_drop_fraction}")
         for name in ("workers", "weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, found {getattr(self, name)}")

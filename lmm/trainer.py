@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from lift.common.files import read_jsonl, write_jsonl
+from lift.common.files import read_whole_rows, write_jsonl
 from lmm.checkpoints import mark_complete
 from lmm.data import EpochSampler
 from lmm.settings import StageSettings
@@ -144,7 +144,7 @@ class _MetricsFile(TrainerCallback):
         self.path = path
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
-        kept = [row for row in read_jsonl(self.path) if row["step"] <= state.global_step] if self.path.is_file() else []
+        kept = [row for row in read_whole_rows(self.path) if row["step"] <= state.global_step] if self.path.is_file() else []
         write_jsonl(self.path, kept)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **keywords: Any) -> None:

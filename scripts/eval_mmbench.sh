@@ -6,4 +6,4 @@ folder=runs/demo/llava_lift/stage2 questions=runs/demo/world/mmbench.tsv
 if is_word "${1:-}"; then folder=$1; shift; else prepare_demo "tune LLaVA on LIFT"; fi
 if is_word "${1:-}"; then questions=$1; shift; elif [ ! -f "$questions" ]; then prepare_demo world; fi
 name=$(basename "$(dirname "$(realpath -m "$folder")")")_$(basename "$folder")_$(basename "${questions%.tsv}")
-launch eval lmm "$folder" --data "$questions" --out "runs/eval/$name" "$@"
+run eval lmm "$folder" --data "$questions" --out "runs/eval/$name" "$@"

@@ -2,4 +2,4 @@
 # Pretrains the CLIP baseline, like for like with LIFT: bash scripts/pretrain_clip.sh [CONFIG] [--key value ...]
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 take_config configs/demo/clip.yaml "world" "$@"
-launch lift pretrain --config "$config" "${rest[@]}"
+train lift pretrain "${arguments[@]}"

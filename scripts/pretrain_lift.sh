@@ -3,4 +3,4 @@
 # Without CONFIG it is the demo's, on the rendered world. Several GPUs: LAUNCH="accelerate launch --multi_gpu" bash scripts/...
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 take_config configs/demo/lift.yaml "embed captions" "$@"
-launch lift pretrain --config "$config" "${rest[@]}"
+train lift pretrain "${arguments[@]}"

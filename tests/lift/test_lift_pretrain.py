@@ -16,9 +16,11 @@ from tiny import encoded, noise_image, write_tar
 
 from lift.common.errors import UserError
 from lift.encoder import load_encoder
-from lift.model import LiftModel, mean_patch_feature, vision_config
+from lift.model import LiftModel, build_clip, build_lift, mean_patch_feature, vision_config
 from lift.run_folder import checkpoints
 from lift.settings import ClipTextSettings, PretrainSettings, SourceSettings, TextEncoderSettings, VisionSettings
+from lift.store import EmbeddingStore
+from lift.text_side import clip_tokenizer
 from lift.train import learning_rate_at, pretrain
 from lift.transforms import TextTransform
 
@@ -230,3 +232,52 @@ def test_pooling_and_head_match_the_official_model(shared: Path) -> None:
     with torch.no_grad():
         np.testing.assert_allclose(mean_patch_feature(model.vision, pixels_B3HW), np.load(folder / "pooled.npy"), atol=5e-3)
         np.testing.assert_allclose(model.image_features(pixels_B3HW), np.load(folder / "emb_norm.npy"), atol=1e-3)
+
+
+def test_lift_and_clip_start_from_the_same_image_encoder(pairs: Path, tiny_llm: Path, tmp_path: Path) -> None:
+    settings = settings_for(pairs, tiny_llm, tmp_path)
+    lift = build_lift(settings, 32)
+    clip = build_clip(settings, clip_tokenizer(settings.clip_text, ["a picture"]))
+    other = build_lift(replace(settings, seed=1), 32)
+    weights = lift.vision.state_dict()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in clip.vision.state_dict().items())
+    assert not torch.equal(weights["embeddings.class_embedding"], other.vision.state_dict()["embeddings.class_embedding"])
+
+
+def test_caption_without_embedding_leaves_the_order_alone(pairs: Path, tiny_llm: Path, tmp_path: Path, monkeypatch) -> None:
+    """CLIP drops nothing and LIFT one caption: both still see the same images at every step."""
+    keys = {}
+    find = EmbeddingStore.find
+    monkeypatch.setattr(
+        EmbeddingStore, "find", lambda store, key, caption: None if "000000003#" in key else find(store, key, caption)
+    )
+    for objective in ("contrastive", "clip"):
+        run = tmp_path / objective
+        pretrain(replace(settings_for(pairs, tiny_llm, run, objective), log_every=1, max_drop_fraction=0.1))
+        keys[objective] = [json.loads(line)["keys"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert keys["contrastive"] == keys["clip"]
+    finished = json.loads((tmp_path / "contrastive" / "finished.json").read_text())
+    assert finished["dropped"] == {"no embedding of a caption": 1} and finished["samples"] == 24
+
+
+def test_run_of_other_data_is_refused(pairs: Path, tiny_llm: Path, tmp_path: Path) -> None:
+    settings = settings_for(pairs, tiny_llm, tmp_path / "run", "clip")
+    pretrain(settings)
+    written = (tmp_path / "run" / "environment.json").stat().st_mtime_ns
+    pretrain(settings)
+    assert (tmp_path / "run" / "environment.json").stat().st_mtime_ns == written
+    write_tar(pairs / "00002.tar", {"new.png": encoded(noise_image(9)), "new.txt": b"a new picture"})
+    with pytest.raises(UserError, match="holds a run with samples_sha256="):
+        pretrain(settings)
+
+
+def test_failed_start_does_not_bind_the_folder(pairs: Path, tiny_llm: Path, tmp_path: Path) -> None:
+    settings = settings_for(pairs, tiny_llm, tmp_path / "run", "clip")
+    with pytest.raises(UserError, match="no such file"):
+        pretrain(replace(settings, data=[SourceSettings(kind="webdataset", path=tmp_path / "typo")]))
+    pretrain(settings)
+
+
+def test_tokenizer_that_does_not_end_captions_is_refused(tiny_llm: Path) -> None:
+    with pytest.raises(UserError, match="does not end a caption"):
+        clip_tokenizer(ClipTextSettings(tokenizer=tiny_llm), [])

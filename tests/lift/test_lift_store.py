@@ -35,13 +35,13 @@ def test_rows_come_back_by_key_and_only_for_the_same_caption(tmp_path: Path) -> 
 def test_interrupted_embedding_goes_on_and_gives_the_same_bytes(pairs: Path, tiny_llm: Path, tmp_path: Path) -> None:
     encoder = TextEncoderSettings(kind="causal_lm", path=str(tiny_llm), batch_size=5)
     shards = read_sources([SourceSettings(kind="webdataset", path=pairs)], DropLedger())
-    embed_shards(shards, encoder, tmp_path / "whole", DropLedger())
-    embed_shards(shards, encoder, tmp_path / "again", DropLedger())
+    embed_shards(shards, encoder, tmp_path / "whole", DropLedger(), 0.01)
+    embed_shards(shards, encoder, tmp_path / "again", DropLedger(), 0.01)
     (tmp_path / "again" / "manifest.json").unlink()
     (tmp_path / "again" / f"{shards[1].name}.arrow").unlink()
     with pytest.raises(UserError, match="no such file"):
         EmbeddingStore(tmp_path / "again")
-    embed_shards(shards, encoder, tmp_path / "again", DropLedger())
+    embed_shards(shards, encoder, tmp_path / "again", DropLedger(), 0.01)
     for file in (tmp_path / "whole").iterdir():
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes()
 
@@ -98,3 +98,27 @@ def test_transforms_centre_and_whiten() -> None:
     torch.testing.assert_close(white_ND.T @ white_ND / len(white_ND), torch.eye(6), atol=1e-3, rtol=0)
     for transform in (none, centre, whiten):
         torch.testing.assert_close(transform(x_ND).norm(dim=-1), torch.ones(len(x_ND)))
+
+
+def test_embeddings_that_are_not_finite_are_counted_and_fail_the_store_again_and_again(
+    pairs: Path, tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Encoder:
+        dimension = 4
+
+        def encode(self, captions: list[str], progress: str | None = None) -> np.ndarray:
+            values = np.ones((len(captions), 4), np.float32)
+            values[[i for i, caption in enumerate(captions) if "000000005" in caption]] = np.nan
+            return values
+
+    monkeypatch.setattr("lift.embed.load_text_encoder", lambda settings: Encoder())
+    source = SourceSettings(kind="webdataset", path=pairs)
+    text_encoder = TextEncoderSettings(kind="causal_lm", path=str(tiny_llm))
+    settings = EmbedSettings(data=[source], out=tmp_path / "store", text_encoder=text_encoder)
+    for _ in range(2):
+        with pytest.raises(UserError, match="dropped 1 of 24 samples: 1 embedding not finite"):
+            embed(settings)
+        assert not (tmp_path / "store" / "manifest.json").exists()
+    settings.max_drop_fraction = 0.1
+    embed(settings)
+    assert len(EmbeddingStore(tmp_path / "store")) == 47
