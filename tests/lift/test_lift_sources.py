@@ -150,7 +150,7 @@ def test_malformed_json_records_are_counted(tmp_path: Path) -> None:
     read_sources([SourceSettings(kind="llava_json", path=tmp_path / "llava.json", images=tmp_path)], ledger)
     assert ledger.counts() == {"malformed record": 3, "image outside its folder": 1}
     (tmp_path / "llava.json").write_text(json.dumps([good, good]))
-    with pytest.raises(UserError, match="key 'llava_json/1' .* occurs twice"):
+    with pytest.raises(UserError, match=r"key 'llava_json/1' .* occurs twice"):
         read_sources([SourceSettings(kind="llava_json", path=tmp_path / "llava.json", images=tmp_path)], DropLedger())
     coco = {
         "images": [{"id": 1, "file_name": "a.png"}, {"id": 2}, 3],
