@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 
 class ImageFault(ValueError):
@@ -14,6 +14,7 @@ class ImageFault(ValueError):
 
 def decode_image(source: Path | bytes) -> Image.Image:
     """RGB image, decoded to its end. Raises ImageFault when it cannot be, FileNotFoundError when there is no such file."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # libraries switch it on for everyone (lmms-eval does); half an image is a fault
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             return image.convert("RGB")

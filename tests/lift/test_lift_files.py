@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import ImageFile
+from tiny import encoded, noise_image
 
 from lift.common.errors import UserError
 from lift.common.files import atomic_folder, check_output_folder, read_jsonl, read_whole_rows, write_jsonl
@@ -58,8 +60,11 @@ def test_lines_break_only_at_line_feeds(tmp_path: Path) -> None:
         read_jsonl(tmp_path / "rows.jsonl")
 
 
-def test_undecodable_bytes_are_one_kind_of_fault(tmp_path: Path) -> None:
-    for content in (b"", b"not an image", b"\x89PNG\r\n\x1a\n" + bytes(20)):
+def test_undecodable_bytes_are_one_kind_of_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # as a library may leave it
+    whole = encoded(noise_image(0, (64, 64)), "jpeg")
+    assert decode_image(whole).size == (64, 64)
+    for content in (b"", b"not an image", b"\x89PNG\r\n\x1a\n" + bytes(20), whole[: len(whole) // 3]):
         with pytest.raises(ImageFault):
             decode_image(content)
     with pytest.raises(FileNotFoundError):
