@@ -2,12 +2,31 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from accelerate.state import AcceleratorState
 from PIL import Image
 from tiny_lmm import COLOURS, conversation, make_llm, make_tokenizer, make_tower
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_is_left_as_it_was() -> Iterator[None]:
+    """Training starts a process group, sets a launcher's variables and accelerate's state; other tests must not meet them."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        importlib.import_module("deepspeed.comm.comm").cdb = None
 
 
 @pytest.fixture(scope="session")
