@@ -12,21 +12,27 @@ from typing import Literal
 
 
 @dataclass(kw_only=True)
-class BuildSettings:
-    """Builds a LLaVA model from an encoder folder and a language-model folder."""
+class LlavaParts:
+    """What a LLaVA model is built from."""
 
     vision_tower: Path
     """Encoder folder: a transformers CLIPVisionModel in safetensors with its preprocessor_config.json."""
     llm: Path
     """Language-model folder: any transformers causal language model with a fast tokenizer and a chat template."""
-    out: Path
-    """Folder to write; it must not exist."""
     chat_template: str | None = None
     """`vicuna_v1` or a Jinja file; takes the place of the language model's own chat template."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Format of the weights written."""
     seed: int = 0
     """Seed of the projector's first weights."""
+
+
+@dataclass(kw_only=True)
+class BuildSettings(LlavaParts):
+    """Builds a LLaVA model from an encoder folder and a language-model folder."""
+
+    out: Path
+    """Folder to write; it must not exist."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Format of the weights written."""
 
 
 @dataclass(kw_only=True)
@@ -133,19 +139,11 @@ class TrainSettings(StageSettings):
 
 
 @dataclass(kw_only=True)
-class FinetuneSettings:
+class FinetuneSettings(LlavaParts):
     """Builds a LLaVA model and trains both stages, reusing every finished part whose inputs and settings are the same."""
 
-    vision_tower: Path
-    """Encoder folder: a transformers CLIPVisionModel in safetensors with its preprocessor_config.json."""
-    llm: Path
-    """Language-model folder: any transformers causal language model with a fast tokenizer and a chat template."""
     out: Path
     """Folder for `build`, `stage1` and `stage2`."""
-    chat_template: str | None = None
-    """`vicuna_v1` or a Jinja file; takes the place of the language model's own chat template."""
-    seed: int = 0
-    """Seed of the projector's first weights."""
     stage1: StageSettings = field(default_factory=StageSettings)
     """Alignment: the projector learns on captions."""
     stage2: InstructionTuningSettings | None = field(default_factory=InstructionTuningSettings)
