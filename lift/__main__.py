@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 
 from lift.common.cli import Command, run_command
-from lift.settings import EmbedSettings, ExportSettings, PretrainSettings
+from lift.settings import CheckDataSettings, EmbedSettings, ExportSettings, PretrainSettings
 
 COMMANDS = {
+    "check-data": Command(CheckDataSettings, "lift.check_data:check_data"),
     "embed": Command(EmbedSettings, "lift.embed:embed"),
     "pretrain": Command(PretrainSettings, "lift.train:pretrain"),
     "export": Command(ExportSettings, "lift.export:export"),
