@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 
 from lift.common.cli import Command, run_command
-from lift.settings import EmbedSettings, ExportSettings, PretrainSettings
+from lift.settings import EmbedSettings, ExportSettings, ImportEmbeddingsSettings, PretrainSettings, TransformSettings
 
 COMMANDS = {
     "embed": Command(EmbedSettings, "lift.embed:embed"),
+    "import-embeddings": Command(ImportEmbeddingsSettings, "lift.import_embeddings:import_embeddings"),
+    "transform": Command(TransformSettings, "lift.transforms:fit_transform", positional=True),
     "pretrain": Command(PretrainSettings, "lift.train:pretrain"),
     "export": Command(ExportSettings, "lift.export:export"),
 }

@@ -45,14 +45,21 @@ def class_token_feature(vision: CLIPVisionModel, pixel_values_B3HW: Tensor) -> T
     return vision(pixel_values=pixel_values_B3HW).pooler_output
 
 
+def lift_head(width: int, hidden: int, output: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, output))
+
+
 class LiftModel(nn.Module):
-    """Image encoder, mean of patch tokens, head Linear-GELU-Linear, learned temperature."""
+    """Image encoder, mean of patch tokens, head Linear-GELU-Linear, learned temperature.
+
+    The head is as wide as the text embeddings; what it gives has the dimensions that `transform` leaves of them.
+    """
 
     def __init__(self, config: CLIPVisionConfig, embedding_dim: int, transform: TextTransform) -> None:
         super().__init__()
         self.vision = CLIPVisionModel(config)
         width = config.hidden_size
-        self.head = nn.Sequential(nn.Linear(width, embedding_dim), nn.GELU(), nn.Linear(embedding_dim, embedding_dim))
+        self.head = lift_head(width, embedding_dim, transform.output_dimension)
         self.text_transform = transform
         self.log_scale = nn.Parameter(torch.tensor([INITIAL_LOG_SCALE]))  # DeepSpeed refuses 0-dimensional parameters
 
@@ -60,7 +67,7 @@ class LiftModel(nn.Module):
         return F.normalize(self.head(mean_patch_feature(self.vision, pixel_values_B3HW)).float(), dim=-1)
 
     def text_features(self, text: dict[str, Tensor]) -> Tensor:
-        """`text["embeddings"]`: raw embeddings of the frozen text encoder, float32 [B, D]."""
+        """`text["embeddings"]`: raw embeddings of the frozen text encoder, [B, D] of any float type."""
         return self.text_transform(text["embeddings"])
 
     def forward(self, pixel_values_B3HW: Tensor, text: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -105,10 +112,10 @@ def clip_text_config(settings: ClipTextSettings, tokenizer: PreTrainedTokenizerB
     )
 
 
-def build_lift(settings: PretrainSettings, embedding_dim: int) -> LiftModel:
+def build_lift(settings: PretrainSettings, transform: TextTransform) -> LiftModel:
     config = vision_config(settings.vision)
     torch.manual_seed(settings.seed)
-    return LiftModel(config, embedding_dim, TextTransform(settings.text_transform, embedding_dim))
+    return LiftModel(config, transform.dimension, transform)
 
 
 def build_clip(settings: PretrainSettings, tokenizer: PreTrainedTokenizerBase) -> ClipModel:

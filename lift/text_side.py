@@ -11,8 +11,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from lift.common.errors import UserError
 from lift.common.ledger import DropLedger
 from lift.settings import ClipTextSettings
-from lift.sources import Sample
-from lift.store import EmbeddingStore
+from lift.sources import Shard
+from lift.store import EmbeddingStore, text_hashes
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 
@@ -23,14 +23,16 @@ class FixedTextSide:
     A caption without an embedding keeps its place in the order, so that the baseline sees the same batches: it is not usable.
     """
 
-    def __init__(self, store: EmbeddingStore, samples: list[Sample], ledger: DropLedger) -> None:
+    def __init__(self, store: EmbeddingStore, shards: list[Shard], ledger: DropLedger) -> None:
         self.store = store
         self._row_of_caption: dict[str, int] = {}
-        for sample in samples:
-            for key, caption in sample.captions.items():
-                row = store.find(key, caption)
-                if row is None:
-                    ledger.drop(sample.key, "no embedding of a caption", f"{key} in {store.folder}")
+        for shard in shards:
+            captions = [(sample.key, key, text) for sample in shard.samples for key, text in sample.captions.items()]
+            keys = [key for _, key, _ in captions]
+            rows = store.match(shard.name, keys, text_hashes([text for _, _, text in captions]))
+            for (sample_key, key, _), row in zip(captions, rows.tolist(), strict=True):
+                if row < 0:
+                    ledger.drop(sample_key, "no embedding of a caption", f"{key} in {store.folder}")
                 else:
                     self._row_of_caption[key] = row
 

@@ -41,6 +41,7 @@ from lift.settings import PretrainSettings
 from lift.sources import Sample, Shard, read_sources
 from lift.store import EmbeddingStore
 from lift.text_side import FixedTextSide, TrainedTextSide, clip_tokenizer
+from lift.transforms import fitted_transform
 
 
 @dataclass
@@ -96,14 +97,15 @@ def _set_up(
         embed_shards(shards, settings.text_encoder, settings.embeddings, ledger, settings.max_drop_fraction)
     elif not is_store_of(settings.embeddings, shards, settings.text_encoder):
         raise UserError(f"{settings.embeddings}: no finished embedding store. With several processes run lift embed first.")
-    store = EmbeddingStore(settings.embeddings)
+    with accelerator.main_process_first():  # the others then find the fitted transform in the store
+        store = EmbeddingStore(settings.embeddings)
+        transform = fitted_transform(store, settings.text_transform, settings.seed)
     if accelerator.is_main_process:
         write_json(settings.out / TEXT_ENCODER, store.manifest["encoder"])
-    model = build_lift(settings, store.dimension)
-    model.text_transform.fit(torch.from_numpy(store.sample(100_000, settings.seed)), settings.whiten_shrinkage)
+    model = build_lift(settings, transform)
     if settings.objective == "cosine":
         model.log_scale.requires_grad_(False)
-    return Setup(model, FixedTextSide(store, samples, ledger))
+    return Setup(model, FixedTextSide(store, shards, ledger))
 
 
 def learning_rate_at(step: int, steps: int, settings: PretrainSettings) -> float:
