@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 from lift.common.errors import UserError
 from lift.common.ledger import DropLedger
 from lift.settings import EmbedSettings, TextEncoderSettings
 from lift.sources import Shard, read_sources
-from lift.store import EmbeddingStore, StoreWriter
+from lift.store import EmbeddingStore, StoreWriter, storable
 from lift.text_encoders import describe_text_encoder, load_text_encoder
 
 
@@ -44,7 +43,7 @@ def embed_shards(
             continue
         keyed = [(key, caption) for sample in shard.samples for key, caption in sample.captions.items()]
         embeddings = encoder.encode([caption for _, caption in keyed], progress=shard.name)
-        finite = np.atleast_1d(np.isfinite(embeddings.astype(np.float16)).all(axis=1))
+        finite = storable(embeddings, writer.dtype)
         kept = [pair for pair, ok in zip(keyed, finite, strict=True) if ok]
         writer.write_shard(shard.name, [k for k, _ in kept], [c for _, c in kept], embeddings[finite])
     # Told from the files, so that shards of an interrupted run are counted too.

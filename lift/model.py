@@ -91,13 +91,19 @@ class Features(NamedTuple):
     bias_1: Tensor | None
 
 
+def lift_head(width: int, hidden: int, output: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, output))
+
+
 class LiftModel(nn.Module):
-    """Image encoder, mean of patch tokens, head Linear-GELU-Linear, learned temperature; sigmoid also has a learned bias."""
+    """Image encoder, mean of patch tokens, head Linear-GELU-Linear, learned temperature; sigmoid also has a learned bias.
+
+    The head is as wide as the text embeddings; what it gives has the dimensions that `transform` leaves of them.
+    """
 
     def __init__(
         self,
         config: CLIPVisionConfig,
-        embedding_dim: int,
         transform: TextTransform,
         log_scale: float,
         bias: float | None = None,
@@ -105,14 +111,14 @@ class LiftModel(nn.Module):
         super().__init__()
         self.vision = CLIPVisionModel(config)
         width = config.hidden_size
-        self.head = nn.Sequential(nn.Linear(width, embedding_dim), nn.GELU(), nn.Linear(embedding_dim, embedding_dim))
+        self.head = lift_head(width, transform.dimension, transform.output_dimension)
         self.text_transform = transform
         self.log_scale = nn.Parameter(torch.tensor([log_scale]))  # DeepSpeed refuses 0-dimensional parameters
         self.bias = None if bias is None else nn.Parameter(torch.tensor([bias]))
 
     def text_features(self, embeddings_ND: Tensor) -> Tensor:
         """Raw embeddings of the frozen text encoder, of any float type, to L2-normalised float32 ones of the joint space."""
-        return self.text_transform(embeddings_ND.float())
+        return self.text_transform(embeddings_ND)
 
     def forward(
         self, pixel_values_B3HW: Tensor, tokens: dict[str, Tensor] | None = None, kept_BK: Tensor | None = None
@@ -161,13 +167,12 @@ def clip_text_config(settings: ClipTextSettings, tokenizer: PreTrainedTokenizerB
     )
 
 
-def build_lift(settings: PretrainSettings, embedding_dim: int, transform: TextTransform) -> LiftModel:
-    """`embedding_dim` is the dimension of the joint space, which `transform` maps to."""
+def build_lift(settings: PretrainSettings, transform: TextTransform) -> LiftModel:
     config = vision_config(settings.vision)
     torch.manual_seed(settings.seed)
     sigmoid = settings.objective == "sigmoid"
     log_scale = math.log(settings.initial_logit_scale or (SIGLIP_SCALE if sigmoid else CLIP_SCALE))
-    model = LiftModel(config, embedding_dim, transform, log_scale, SIGLIP_BIAS if sigmoid else None)
+    model = LiftModel(config, transform, log_scale, SIGLIP_BIAS if sigmoid else None)
     if settings.objective == "cosine":
         model.log_scale.requires_grad_(False)
     return _with_options(model, settings)

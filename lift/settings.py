@@ -100,6 +100,84 @@ class CheckDataSettings:
 
 
 @dataclass(kw_only=True)
+class ImportEmbeddingsSettings:
+    """Make an embedding store of embeddings that were computed elsewhere."""
+
+    kind: Literal["official_parquet", "npy", "safetensors"]
+    """official_parquet: the official LIFT layout, a folder of folders of parquet files with `key` and `embedding`; npy: one
+    array [rows, dimension]; safetensors: one tensor of that shape."""
+    path: Path
+    """The folder (official_parquet) or the file."""
+    out: Path
+    """Folder of the embedding store."""
+    text_encoder: TextEncoderSettings | None = None
+    """The text encoder that made the embeddings, with its prompt and max_length; must be given."""
+    dtype: Literal["float16", "int8"] = "float16"
+    """How the store keeps embeddings."""
+    key_file: Path | None = None
+    """Keys of the rows of a npy or safetensors file, in order."""
+    key_format: Literal["lines", "jsonl"] = "lines"
+    """lines: one key a line; jsonl: objects with `key` and `caption`, which lets training check the captions."""
+    tensor: str | None = None
+    """Name of the tensor in a safetensors file that has several."""
+    key_prefix: str | None = None
+    """Put before every key: the name of the data source and a slash. `official/` for official_parquet, else nothing."""
+    key_suffix: str | None = None
+    """Put after every key: the position of the caption among those of its image. `#0` for official_parquet, else nothing."""
+    max_drop_fraction: float = 0.01
+    """The import fails when a larger share of rows cannot be used."""
+
+    def __post_init__(self) -> None:
+        official = self.kind == "official_parquet"
+        if self.text_encoder is None:
+            raise ValueError("text_encoder: say which one made the embeddings (--text_encoder.kind, --text_encoder.path)")
+        if official != (self.key_file is None):
+            needed = "has its keys in the parquet files" if official else "needs a file with the keys of its rows"
+            raise ValueError(f"key_file: {self.kind} {needed}")
+        if self.tensor is not None and self.kind != "safetensors":
+            raise ValueError(f"tensor: {self.kind} has no named tensors")
+        self.key_prefix = self.key_prefix if self.key_prefix is not None else "official/" if official else ""
+        self.key_suffix = self.key_suffix if self.key_suffix is not None else "#0" if official else ""
+
+
+@dataclass(kw_only=True)
+class TextTransformSettings:
+    """Fixed linear map of the text embeddings, fitted on a sample of the embedding store and saved in it."""
+
+    kind: Literal["none", "centre", "pca", "whiten"] = "none"
+    """centre: subtract the mean; pca: also keep only the directions of largest variance; whiten: give each variance one."""
+    dimensions: int | None = None
+    """Dimensions kept by pca (needed) and whiten (all by default); they become those of the joint space."""
+    shrinkage: float = 0.01
+    """Added to the eigenvalues as a share of their mean before whitening."""
+    sample: int = 100_000
+    """Rows of the store to fit on at most."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "pca" and self.dimensions is None:
+            raise ValueError("text_transform.dimensions: pca needs the number of dimensions to keep")
+        if self.kind in ("none", "centre") and self.dimensions is not None:
+            raise ValueError(f"text_transform.dimensions: {self.kind} keeps all dimensions; only pca and whiten choose")
+        if (self.dimensions is not None and self.dimensions < 1) or self.sample < 1 or self.shrinkage < 0:
+            raise ValueError("text_transform: dimensions and sample must be positive, shrinkage not negative")
+
+
+@dataclass
+class TransformSettings(TextTransformSettings):
+    """Fit a transform of the text embeddings on a sample of an embedding store, and save it in the store."""
+
+    store: Path
+    """Folder of the embedding store."""
+    seed: int = field(default=0, kw_only=True)
+    """Seeds the choice of the sample."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "none":
+            raise ValueError("kind: choose centre, pca or whiten; none needs no fit")
+        super().__post_init__()
+
+
+@dataclass(kw_only=True)
 class VisionSettings:
     """The image encoder: CLIP's ViT (class token, pre-LN, plain GELU)."""
 
@@ -191,10 +269,8 @@ class PretrainSettings:
     """Embedding store; made here when it is not there. Defaults to OUT/embeddings. Not used by clip."""
     text_encoder: TextEncoderSettings = field(default_factory=TextEncoderSettings)
     """Text encoder of the store."""
-    text_transform: Literal["none", "centre", "whiten"] = "none"
+    text_transform: TextTransformSettings = field(default_factory=TextTransformSettings)
     """Fixed linear map of the text embeddings, fitted on the store."""
-    whiten_shrinkage: float = 0.01
-    """Added to the eigenvalues as a share of their mean before whitening."""
     captions: Literal["first", "random", "all"] = "random"
     """Which of several captions of an image an epoch uses; all: it goes through the captions, not the images."""
     negatives: NegativeSettings = field(default_factory=NegativeSettings)

@@ -58,7 +58,7 @@ class TrainingStep:
     def _in_parts(self, parts: list[dict[str, Any]], fixed: _FixedText | None, valid_B: Tensor) -> Tensor:
         with torch.no_grad():
             encoded = [self._encode(self.model, part) for part in parts]
-        leaves = Features(*(_leaf(tensors) for tensors in zip(*encoded, strict=True)))
+        leaves = Features(*(_leaf(tensors) for tensors in zip(*encoded, strict=True)))  # type: ignore[arg-type]
         loss = self._loss(leaves, fixed, valid_B)
         loss.backward()
         size = len(encoded[0].image_BD)
@@ -69,7 +69,7 @@ class TrainingStep:
                 # a sum whose gradient is the loss's: linear in the features, with the cached gradients as weights
                 total = torch.zeros((), device=valid_B.device)
                 for name, feature, leaf in zip(Features._fields, features, leaves, strict=True):
-                    if feature is None or leaf.grad is None or not feature.requires_grad:
+                    if feature is None or leaf is None or leaf.grad is None or not feature.requires_grad:
                         continue
                     of_batch = name in ("image_BD", "text_BD")
                     gradient = leaf.grad[number * size : (number + 1) * size] if of_batch else leaf.grad * last

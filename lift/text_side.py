@@ -147,7 +147,7 @@ def clip_tokenizer(settings: ClipTextSettings, captions: Iterable[str]) -> PreTr
     return tokenizer
 
 
-def _train_tokenizer(captions: list[str], vocabulary_size: int) -> PreTrainedTokenizerBase:
+def _train_tokenizer(captions: Iterable[str], vocabulary_size: int) -> PreTrainedTokenizerBase:
     bpe = Tokenizer(models.BPE())
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)

@@ -44,7 +44,7 @@ from lift.sources import Samples, Shard, content_hash, read_sources
 from lift.step import TrainingStep
 from lift.store import EmbeddingStore
 from lift.text_side import ExtraNegatives, FixedTextSide, TrainedTextSide, clip_tokenizer
-from lift.transforms import TextTransform
+from lift.transforms import fitted_transform
 from lift.validation import Validation
 
 
@@ -105,15 +105,15 @@ def _set_up(settings: PretrainSettings, accelerator: Accelerator, samples: Sampl
         tokenizer = AutoTokenizer.from_pretrained(saved)
         length = settings.clip_text.context_length
         flops = training_flops(settings.vision, settings.clip_text.embedding_dim, settings.clip_text, length)
-        validation = held_out and Validation(settings, held_out, tokenizer)
+        validation = Validation(settings, held_out, tokenizer) if held_out is not None else None
         return Setup(build_clip(settings, tokenizer), TrainedTextSide(tokenizer, length), validation, flops)
     assert settings.embeddings is not None and settings.validation.embeddings is not None
     store = _store(settings, accelerator, samples.shards, settings.embeddings, ledger)
     if accelerator.is_main_process:
         write_json(settings.out / TEXT_ENCODER, store.manifest["encoder"])
-    transform = TextTransform(settings.text_transform, store.dimension)
-    transform.fit(torch.from_numpy(store.sample(100_000, settings.seed)), settings.whiten_shrinkage)
-    model = build_lift(settings, store.dimension, transform)
+    with accelerator.main_process_first():  # which fits it, when it is not in the store
+        transform = fitted_transform(EmbeddingStore(settings.embeddings), settings.text_transform, settings.seed)
+    model = build_lift(settings, transform)
     validation = None
     if held_out is not None:
         held_out_store = _store(settings, accelerator, held_out.shards, settings.validation.embeddings, held_out_ledger)
@@ -191,10 +191,10 @@ class _Loop:
                 done = step + 1
                 last = done == self.steps
                 if done % settings.log_every == 0 or last:
-                    row = {name: float(value) for name, value in row.items()}
-                    metrics.log({"step": done, "keys": self._keys_hash(step), **row, **speed.since_last()})
-                    bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-                    self._require_finite(row["loss"], done)
+                    numbers = {name: float(value) for name, value in row.items()}
+                    metrics.log({"step": done, "keys": self._keys_hash(step), **numbers, **speed.since_last()})
+                    bar.set_postfix(loss=f"{numbers['loss']:.3f}", refresh=False)
+                    self._require_finite(numbers["loss"], done)
                 if self.setup.validation and (done % settings.validation.every == 0 or last):
                     self._validate(self.setup.validation, done, metrics)
                 saved = done % settings.checkpoint_every == 0 or last

@@ -19,7 +19,7 @@ import pyarrow.ipc
 from lift.common.files import atomic_file, read_json, sha256_text, write_json
 from lift.common.ledger import DropLedger
 from lift.settings import SourceSettings
-from lift.store import caption_hash as text_hash
+from lift.store import text_hash
 
 FORMAT = 1
 ROWS_PER_WRITE = 10_000

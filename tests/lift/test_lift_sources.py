@@ -18,7 +18,7 @@ from lift.common.ledger import DropLedger
 from lift.settings import SourceSettings
 from lift.sources import Samples, content_hash, read_sources, webdataset
 from lift.sources.samples import read_images
-from lift.store import caption_hash
+from lift.store import text_hash
 
 
 def test_webdataset_keys_captions_and_bytes(pairs: Path) -> None:
@@ -301,7 +301,7 @@ def test_large_files_are_cut_into_shards(tmp_path: Path, monkeypatch: pytest.Mon
     assert [(shard.name, len(shard)) for shard in shards] == [("w-0-00000", 2), ("w-0-00001", 2), ("w-0-00002", 1)]
     assert [caption for shard in shards for _, caption in shard.keyed_captions()] == [f"caption {i}" for i in range(5)]
     keys, hashes = shards[1].caption_keys_and_hashes()
-    assert keys.to_pylist() == ["w/2#0", "w/3#0"] and hashes.tolist() == [caption_hash("caption 2"), caption_hash("caption 3")]
+    assert keys.to_pylist() == ["w/2#0", "w/3#0"] and hashes.tolist() == [text_hash("caption 2"), text_hash("caption 3")]
 
 
 def test_odd_captions_are_kept_and_unsafe_names_dropped(tmp_path: Path) -> None:
