@@ -47,22 +47,37 @@ class SourceSettings:
 class TextEncoderSettings:
     """The frozen text encoder that embeds the captions."""
 
-    kind: Literal["minilm", "sentence_transformer", "causal_lm"] = "minilm"
-    """minilm: the packaged all-MiniLM-L6-v2; sentence_transformer: any such model; causal_lm: hidden states of an LLM."""
+    kind: Literal["auto", "minilm", "sentence_transformer", "causal_lm", "nv_embed"] = "auto"
+    """minilm: the packaged all-MiniLM-L6-v2; sentence_transformer: any such model; causal_lm: hidden states of an LLM;
+    nv_embed: NV-Embed-v2; auto: what the model folder declares itself to be, or minilm where there is no path."""
     path: str | None = None
-    """Folder or hub name of the model; not used by minilm."""
+    """Folder or hub name of the model; minilm has none."""
     pooling: Literal["mean", "last"] = "mean"
-    """Pooling over the caption's tokens; used by causal_lm only, sentence-transformers models bring their own."""
+    """Pooling over the caption's tokens; used by causal_lm only. last: the end-of-sequence token, which is put after every
+    caption (the paper's ablation)."""
     prompt: str = ""
-    """Put before every caption."""
+    """Instruction, put before every caption as it is: a separating space or line break belongs to it. nv_embed leaves it out of
+    the pooling, as the reference does; sentence-transformers models treat it as they declare."""
     max_length: int = 77
-    """Tokens; longer captions are truncated, as in the official recipe (77 short, 323 long)."""
-    batch_size: int = 256
-    """Captions in one forward pass."""
+    """Tokens, prompt and special tokens included; longer captions are truncated, as in the official recipe (77 short, 323
+    long), and counted."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of weights and activations; auto: bf16 on a GPU that has it, else fp32. Pooling is float32."""
+    normalise: bool = False
+    """Scale embeddings to unit length before they are stored; the official recipe does not."""
+    batch_tokens: int | None = None
+    """Tokens in one forward pass, padding included; by default 1024 on a CPU (larger batches leave its cache) and 16384 on a
+    GPU. Changes embeddings by no more than rounding."""
 
     def __post_init__(self) -> None:
-        if self.kind != "minilm" and not self.path:
+        if self.kind == "minilm" and self.path:
+            raise ValueError(f"text_encoder.path: kind minilm takes no path, found {self.path}; kind auto reads what is there")
+        if self.kind not in ("auto", "minilm") and not self.path:
             raise ValueError(f"text_encoder.path: kind {self.kind} needs a model folder or name")
+        for name in ("max_length", "batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"text_encoder.{name}: expected a positive number, found {value}")
 
 
 @dataclass(kw_only=True)
