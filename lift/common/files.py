@@ -143,7 +143,8 @@ def sha256_text(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def sha256_folder(path: Path) -> str:
-    """Hash over the relative names and contents of all files below `path`, independent of their order on disk."""
-    lines = [f"{file.relative_to(path).as_posix()} {sha256_file(file)}" for file in path.rglob("*") if file.is_file()]
+def sha256_folder(path: Path, leave_out: Path | None = None) -> str:
+    """Hash over the relative names and contents of all files below `path` but one, independent of their order on disk."""
+    files = [file for file in path.rglob("*") if file.is_file() and file != leave_out]
+    lines = [f"{file.relative_to(path).as_posix()} {sha256_file(file)}" for file in files]
     return sha256_text("\n".join(sorted(lines)))
