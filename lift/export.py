@@ -148,6 +148,8 @@ def export_official(folder: Path, out: Path, name: str | None = None) -> None:
         UserError: the official model cannot hold what the folder has (text transform), or would read it differently (a CLIP
             text tower whose end token is not the largest id, where the official code pools).
     """
+    if out.is_dir():
+        raise UserError(f"{out}: is a folder; --format official writes one file. Give --out a file name (epoch_1.pt).")
     config = read_json(folder / "lift_config.json", "the description of an encoder folder (lift export)")
     clip = config["objective"] == "clip"
     if config["text_transform"] != "none":

@@ -112,7 +112,9 @@ def _head_width(settings: ImportSettings, found: Architecture) -> int:
     )
     if config.get("quick_gelu"):
         raise UserError(f"{path}: 'quick_gelu' is set; only the published architecture (exact GELU) can be imported.")
-    head_width = int(vision.get("head_width", HEAD_WIDTH))
+    head_width = vision.get("head_width", HEAD_WIDTH)
+    if not isinstance(head_width, int) or head_width < 1:
+        raise UserError(f"{path}: 'vision_cfg.head_width' is {head_width!r}; expected a positive whole number.")
     if settings.head_width not in (None, head_width):
         raise UserError(f"{path}: says head_width {head_width}, --head_width says {settings.head_width}. Give one of them.")
     return head_width

@@ -120,9 +120,12 @@ def _text_side(config: dict[str, Any]) -> str:
         return "The text tower that was trained with it lies in `text_tower/`."
     name, _ = _text_encoder(config)
     text = config["text"]
-    rows = [("Text encoder", name), ("Revision", text.get("revision") or "not known")]
-    rows += [(key, text[key] or "none") for key in ("prompt", "max_length", "pooling") if key in text]
-    return _table(("", ""), [*rows, ("text_transform", config["text_transform"])])
+    rows: list[tuple[Any, ...]] = [("Text encoder", name), ("Revision", _or_unknown(text["revision"]))]
+    rows += [(key, _or_unknown(text[key]) or "none") for key in ("prompt", "max_length", "pooling") if key in text]
+    table = _table(("", ""), [*rows, ("text_transform", config["text_transform"])])
+    if text["revision"] is not None:
+        return table
+    return f"The checkpoint does not name its text encoder; this is the one of the published checkpoints.\n\n{table}"
 
 
 def _training(config: dict[str, Any]) -> str:

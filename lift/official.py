@@ -36,7 +36,7 @@ EVALUATION_RESIZE, EVALUATION_CROP = 256, 224
 
 PREPROCESSING = {
     "training": {
-        "crop": "random resized crop, area 0.9-1.0, bicubic",
+        "crop": "random resized crop, bicubic",
         "mean": list(OPENAI_CLIP_MEAN),
         "std": list(OPENAI_CLIP_STD),
         "note": "OpenAI CLIP's values; preprocessor_config.json (protocol standard) has the same",
@@ -53,6 +53,18 @@ PREPROCESSING = {
 _HEAD, _OLD_HEAD = "mlp_projector.", "text_decoder."
 _NOT_NEEDED = ("logit_bias", "attn_mask")
 """Known tensors that no embedding depends on: the sigmoid loss's bias, and the causal mask that older files store."""
+
+NOT_WEIGHTS = (
+    pickle.UnpicklingError,
+    SafetensorError,
+    RuntimeError,
+    EOFError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    TypeError,
+)
+"""What torch's restricted unpickler and safetensors raise on files that are damaged or of another kind."""
 
 
 def official_evaluation_pixels(image: Image.Image) -> Tensor:
@@ -91,7 +103,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     loaded = _load(path)
     whole = loaded if isinstance(loaded, dict) else {}
     state = whole.get("state_dict", whole)
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+    entries = state.items() if isinstance(state, dict) else []
+    if not entries or not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in entries):
         raise UserError(f"{path}: expected a state dict of tensors, or one under the key 'state_dict', found neither.")
     named: dict[str, Tensor] = {}
     for name, tensor in state.items():
@@ -124,11 +137,12 @@ def _load(path: Path) -> Any:
         allowed: list[Any] = [*[(scalar, name) for name in names], np.dtype, np.dtypes.Float64DType]
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, SafetensorError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        why = next((line for line in lines if "GLOBAL" in line or "global" in line.lower()), lines[0])
+    except NOT_WEIGHTS as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+        why = next((line for line in lines if "global" in line.lower()), lines[0])
         raise UserError(
-            f"{path}: cannot be read as plain weights, and anything else is not loaded, since it could run code: {why}"
+            f"{path}: cannot be read as plain weights (torch.save, or .safetensors); anything else is not loaded, since it "
+            f"could run code. {type(error).__name__}: {why}"
         ) from error
 
 

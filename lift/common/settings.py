@@ -137,8 +137,8 @@ def _spell_out_flags(settings_class: type, arguments: list[str]) -> list[str]:
     """`--raw` to `--raw=true`: the parser wants a value after every option, people leave it out after a yes-or-no one."""
     flags = {f"--{name}" for name, annotation in _field_types(settings_class).items() if annotation is bool}
     spelt = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        bare = argument in flags and following.lower() not in ("true", "false")
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
+        bare = argument in flags and following.lower() not in ("true", "false", "yes", "no")
         spelt.append(f"{argument}=true" if bare else argument)
     return spelt
 

@@ -10,73 +10,16 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tiny_official import DIM, GRID, HEADS, LAYERS, PATCH, WIDTH, clip_state, lift_state, run_import, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lift.common.errors import UserError
 from lift.encoder import load_encoder
 from lift.export import export
-from lift.import_official import import_official
 from lift.model import mean_patch_feature
 from lift.official import read_checkpoint
-from lift.settings import ExportSettings, ImportSettings, TextEncoderSettings
-
-WIDTH, LAYERS, PATCH, GRID, HEADS, DIM = 128, 2, 8, 2, 2, 24
-
-
-def block_weights(prefix: str, layers: int, width: int) -> dict[str, Tensor]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for i in range(layers):
-        block = f"{prefix}resblocks.{i}."
-        for name, rows, columns in (
-            ("attn.out_proj", width, width),
-            ("mlp.c_fc", 4 * width, width),
-            ("mlp.c_proj", width, 4 * width),
-        ):
-            shapes |= {f"{block}{name}.weight": (rows, columns), f"{block}{name}.bias": (rows,)}
-        shapes |= {f"{block}attn.in_proj_weight": (3 * width, width), f"{block}attn.in_proj_bias": (3 * width,)}
-        shapes |= {f"{block}{norm}.{kind}": (width,) for norm in ("ln_1", "ln_2") for kind in ("weight", "bias")}
-    return {name: torch.randn(shape) * 0.2 for name, shape in shapes.items()}
-
-
-def vision_weights() -> dict[str, Tensor]:
-    state = {
-        "visual.class_embedding": torch.randn(WIDTH),
-        "visual.positional_embedding": torch.randn(GRID**2 + 1, WIDTH),
-        "visual.conv1.weight": torch.randn(WIDTH, 3, PATCH, PATCH) * 0.1,
-    }
-    state |= {f"visual.{norm}.{kind}": torch.randn(WIDTH) for norm in ("ln_pre", "ln_post") for kind in ("weight", "bias")}
-    return state | block_weights("visual.transformer.", LAYERS, WIDTH)
-
-
-def lift_state(seed: int = 0) -> dict[str, Tensor]:
-    """A tiny LIFT under the official names."""
-    torch.manual_seed(seed)
-    state = {"logit_scale": torch.tensor(2.5)} | vision_weights()
-    state |= {"mlp_projector.projector.0.weight": torch.randn(DIM, WIDTH), "mlp_projector.projector.0.bias": torch.randn(DIM)}
-    return state | {
-        "mlp_projector.projector.2.weight": torch.randn(DIM, DIM),
-        "mlp_projector.projector.2.bias": torch.randn(DIM),
-    }
-
-
-def clip_state(vocabulary: int, context: int = 12) -> dict[str, Tensor]:
-    """A tiny CLIP baseline under the official names; text width 64, one layer."""
-    torch.manual_seed(1)
-    state = {"logit_scale": torch.tensor(2.5), "visual.proj": torch.randn(WIDTH, DIM)} | vision_weights()
-    state |= {"positional_embedding": torch.randn(context, 64), "token_embedding.weight": torch.randn(vocabulary, 64)}
-    state |= {"text_projection": torch.randn(64, DIM), "ln_final.weight": torch.randn(64), "ln_final.bias": torch.randn(64)}
-    return state | block_weights("transformer.", 1, 64)
-
-
-def save(path: Path, state: dict[str, Tensor], **rest: object) -> Path:
-    torch.save({"epoch": 3, "name": "tiny", "state_dict": {f"module.{k}": v for k, v in state.items()}, **rest}, path)
-    return path
-
-
-def run_import(path: Path, out: Path, **rest: object) -> Path:
-    import_official(ImportSettings(checkpoint=path, out=out, **rest))  # type: ignore[arg-type]
-    return out
+from lift.settings import ExportSettings, TextEncoderSettings
 
 
 def plain_tower(state: dict[str, Tensor], prefix: str, layers: int, heads: int, mask: Tensor | None, x_BLW: Tensor) -> Tensor:
@@ -252,6 +195,22 @@ def test_pickled_code_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not (tmp_path / "evil").exists()
 
 
+def test_damaged_file_is_refused_by_name(tmp_path: Path) -> None:
+    whole = save(tmp_path / "whole.pt", lift_state()).read_bytes()
+    for name, content in {
+        "cut.pt": whole[: len(whole) // 2],
+        "other.pt": b"hello" * 99,
+        "empty.pt": b"",
+        "a.safetensors": b"hi",
+    }.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=rf"{name}: cannot be read as plain weights"):
+            read_checkpoint(tmp_path / name)
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(UserError, match=r"list\.pt: expected a state dict of tensors"):
+        read_checkpoint(tmp_path / "list.pt")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -282,6 +241,7 @@ def test_checkpoint_that_does_not_fit_is_refused_by_name(tmp_path: Path, change,
         ({"pool_type": "avg", "layers": 3}, "'vision_cfg.layers' is 3, but the checkpoint needs 2"),
         ({}, "'vision_cfg.pool_type' is 'tok', but the checkpoint needs 'avg'"),
         ({"pool_type": "avg", "no_ln_pre": True}, "'vision_cfg.no_ln_pre' is True"),
+        ({"pool_type": "avg", "head_width": "64"}, "'vision_cfg.head_width' is '64'; expected a positive whole number"),
         ({"pool_type": "avg", "head_width": 48}, "does not split into attention heads of 48"),
     ],
 )
