@@ -47,7 +47,7 @@ def parse_settings(
     try:
         if merged:
             parser.set_defaults(_flatten(settings_class, merged))
-        namespace = parser.parse_args(rest)
+        namespace = parser.parse_args(_spell_out_flags(settings_class, rest))
         namespace.pop("config")
         values = parser.instantiate(namespace)
     except (Exception, SystemExit) as error:
@@ -131,6 +131,16 @@ def _check_option_names(settings_class: type, arguments: list[str]) -> None:
             name = argument[2:].partition("=")[0].removesuffix("+").removesuffix(".help")
             if name not in valid:
                 raise UserError(f"unknown option '--{name}'. {nearest(name, valid)}")
+
+
+def _spell_out_flags(settings_class: type, arguments: list[str]) -> list[str]:
+    """`--raw` to `--raw=true`: the parser wants a value after every option, people leave it out after a yes-or-no one."""
+    flags = {f"--{name}" for name, annotation in _field_types(settings_class).items() if annotation is bool}
+    spelt = []
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
+        bare = argument in flags and following.lower() not in ("true", "false", "yes", "no")
+        spelt.append(f"{argument}=true" if bare else argument)
+    return spelt
 
 
 def _option_names(settings_class: type, prefix: str = "") -> list[str]:

@@ -16,12 +16,11 @@ from tiny import encoded, noise_image, tiny_pretrain, write_tar
 
 from lift.common.errors import UserError
 from lift.encoder import load_encoder
-from lift.model import LiftModel, build_clip, build_lift, mean_patch_feature, vision_config
+from lift.model import build_clip, build_lift
 from lift.run_folder import checkpoints
 from lift.settings import (
     ClipTextSettings,
     SourceSettings,
-    VisionSettings,
 )
 from lift.store import EmbeddingStore
 from lift.text_side import clip_tokenizer
@@ -177,49 +176,6 @@ def test_encoder_whose_text_encoder_changed_is_refused(pairs: Path, tiny_llm: Pa
         file.write(" ")
     with pytest.raises(UserError, match="was aligned to the text encoder"):
         encoder.encode_texts(["a"])
-
-
-def test_pooling_and_head_match_the_official_model(shared: Path) -> None:
-    """Weights, images and values of the official code; its state-dict names are mapped here by hand."""
-    folder = shared / "fixtures" / "official_lift_tiny"
-    scalar = np._core.multiarray.scalar  # type: ignore[attr-defined]
-    with torch.serialization.safe_globals([scalar, np.dtype, np.dtypes.Float64DType, (scalar, "numpy.core.multiarray.scalar")]):
-        state = torch.load(folder / "epoch_1.pt", weights_only=True)["state_dict"]
-    state = {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    dimension = state["mlp_projector.projector.2.bias"].numel()
-    config = vision_config(VisionSettings(width=96, layers=3, heads=3))
-    model = LiftModel(config, dimension, TextTransform("none", dimension)).eval()
-    simple = {
-        "embeddings.class_embedding": "class_embedding",
-        "embeddings.patch_embedding.weight": "conv1.weight",
-        "embeddings.position_embedding.weight": "positional_embedding",
-        "pre_layrnorm": "ln_pre",
-        "post_layernorm": "ln_post",
-    }
-    block = {"layer_norm1": "ln_1", "layer_norm2": "ln_2"}
-    block |= {"mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj", "self_attn.out_proj": "attn.out_proj"}
-    mapped: dict[str, torch.Tensor] = {}
-    for name in model.vision.state_dict():
-        stem, _, kind = name.rpartition(".")
-        if name in simple:
-            mapped[name] = state[f"visual.{simple[name]}"].reshape(model.vision.state_dict()[name].shape)
-        elif stem in simple:
-            mapped[name] = state[f"visual.{simple[stem]}.{kind}"]
-        else:
-            layer, _, part = stem.removeprefix("encoder.layers.").partition(".")
-            source = f"visual.transformer.resblocks.{layer}."
-            if part in block:
-                mapped[name] = state[f"{source}{block[part]}.{kind}"]
-            else:
-                third = ["q_proj", "k_proj", "v_proj"].index(part.removeprefix("self_attn."))
-                mapped[name] = state[f"{source}attn.in_proj_{kind}"].chunk(3)[third]
-    model.vision.load_state_dict(mapped)
-    head = {f"{i}.{kind}": state[f"mlp_projector.projector.{i}.{kind}"] for i in (0, 2) for kind in ("weight", "bias")}
-    model.head.load_state_dict(head)
-    pixels_B3HW = torch.from_numpy(np.load(folder / "images" / "eval_preprocessed_fp16.npy")).float()
-    with torch.no_grad():
-        np.testing.assert_allclose(mean_patch_feature(model.vision, pixels_B3HW), np.load(folder / "pooled.npy"), atol=5e-3)
-        np.testing.assert_allclose(model.image_features(pixels_B3HW), np.load(folder / "emb_norm.npy"), atol=1e-3)
 
 
 def test_lift_and_clip_start_from_the_same_image_encoder(pairs: Path, tiny_llm: Path, tmp_path: Path) -> None:
