@@ -15,7 +15,7 @@ from lift.encoder import encoder_hash
 from lift.export import export_encoder
 from lift.model_card import GENERATED, escape, model_card
 from lift.push import push
-from lift.settings import PushSettings, TextEncoderSettings
+from lift.settings import PushSettings, TextEncoderSettings, TextTransformSettings
 from lift.train import pretrain
 
 
@@ -119,7 +119,7 @@ def test_faults_of_hub_and_folder_are_user_errors(encoder: Path, tmp_path: Path,
 
 
 def test_card_of_a_run_has_recipe_and_data_and_no_paths_of_this_machine(pairs: Path, tiny_llm: Path, tmp_path: Path) -> None:
-    settings = tiny_run(pairs, tiny_llm, tmp_path / "run", text_transform="whiten")
+    settings = tiny_run(pairs, tiny_llm, tmp_path / "run", text_transform=TextTransformSettings(kind="whiten"))
     settings.data[0].name = "shapes | <b>\n# more"
     pretrain(settings)
     export_encoder(settings.out, tmp_path / "encoder")

@@ -19,7 +19,7 @@ from lift.common.files import sha256_file
 from lift.encode import encode
 from lift.encoder import load_encoder
 from lift.export import export
-from lift.settings import EncodeSettings, ExportSettings
+from lift.settings import EncodeSettings, ExportSettings, TextTransformSettings
 from lift.train import pretrain
 
 
@@ -122,7 +122,7 @@ def test_run_exported_officially_and_imported_gives_identical_embeddings(
 
 
 def test_what_the_official_code_would_read_differently_is_not_exported(pairs: Path, tiny_llm: Path, tmp_path: Path) -> None:
-    whitened = tiny_run(pairs, tiny_llm, tmp_path / "whiten", text_transform="whiten")
+    whitened = tiny_run(pairs, tiny_llm, tmp_path / "whiten", text_transform=TextTransformSettings(kind="whiten"))
     clip = tiny_run(pairs, tiny_llm, tmp_path / "clip", objective="clip")
     for settings, message in ((whitened, "transform 'whiten'"), (clip, "takes it at the largest id")):
         pretrain(settings)

@@ -142,7 +142,7 @@ def test_clip_baseline_gives_the_features_of_a_plain_formulation(tmp_path: Path)
     texts = ["a b", "cde", "longer than the context of twelve"]
     _, side = encoder._text_tower
     for text, found_D in zip(texts, encoder.encode_texts(texts), strict=True):
-        ids_1L = side([], [text])["input_ids"]
+        ids_1L = side.tokenise([text])["input_ids"]
         length = ids_1L.shape[1]
         tokens_1LW = state["token_embedding.weight"][ids_1L] + state["positional_embedding"][:length]
         causal_LL = nn.Transformer.generate_square_subsequent_mask(length)
