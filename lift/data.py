@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from lift.common.images import ImageFault, decode_image
+from lift.common.images import ImageFault, decode_rgb
 from lift.images import random_resized_crop
 from lift.order import batch_positions
 from lift.settings import PretrainSettings
@@ -34,7 +34,7 @@ class TextSide(Protocol):
 @dataclass
 class Batch:
     pixels_B3HW: Tensor
-    """uint8."""
+    """uint8, channels-last in memory."""
     text: dict[str, Tensor]
     valid_B: Tensor
     """False where a sample could not be read and zeros stand in for it."""
@@ -70,11 +70,11 @@ class PairDataset(Dataset):
         caption_key, caption = self.caption_of(epoch, index)
         item = {"key": sample.key, "caption_key": caption_key, "caption": caption, "fault": None}
         try:
-            image = decode_image(sample.image.read())
+            image_HW3 = decode_rgb(sample.image.read())
         except (OSError, ImageFault) as error:
-            return item | {"pixels": np.zeros((3, size, size), np.uint8), "fault": f"{type(error).__name__}: {error}"}
+            return item | {"pixels": torch.zeros(size, size, 3, dtype=torch.uint8), "fault": f"{type(error).__name__}: {error}"}
         crop = np.random.default_rng([self.settings.seed, epoch, index, 2])
-        return item | {"pixels": random_resized_crop(image, size, self.settings.crop_scale, crop)}
+        return item | {"pixels": random_resized_crop(image_HW3, size, self.settings.crop_scale, crop)}
 
 
 class StepSampler(Sampler[list[tuple[int, int]]]):
@@ -100,7 +100,8 @@ def make_loader(
 
     def collate(items: list[dict[str, Any]]) -> Batch:
         return Batch(
-            pixels_B3HW=torch.from_numpy(np.stack([item["pixels"] for item in items])),
+            # default_collate stacks straight into memory shared with the main process
+            pixels_B3HW=default_collate([item["pixels"] for item in items]).permute(0, 3, 1, 2),
             text=text_side([item["caption_key"] for item in items], [item["caption"] for item in items]),
             valid_B=torch.tensor([item["fault"] is None and text_side.is_usable(item["caption_key"]) for item in items]),
             keys=[item["key"] for item in items],
