@@ -355,7 +355,10 @@ class PretrainSettings:
         if self.objective in ("cosine", "clip") and (self.negatives.bank or self.negatives.hard):
             raise ValueError(f"negatives: the {self.objective} objective has none; they go with contrastive and sigmoid")
         self.embeddings = self.embeddings or self.out / "embeddings"
-        self.validation.embeddings = self.validation.embeddings or self.out / "validation_embeddings"
+
+    @property
+    def validation_embeddings(self) -> Path:
+        return self.validation.embeddings or self.out / "validation_embeddings"
 
 
 def given(value: Path | None, name: str) -> Path:

@@ -7,6 +7,7 @@ its newest checkpoint and ends with the same weights as one that was never inter
 from __future__ import annotations
 
 import math
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +62,7 @@ class Setup:
 
 def pretrain(settings: PretrainSettings) -> None:
     """Trains to the end and exports the encoder to OUT/encoder; a finished run is left as it is."""
-    accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
+    accelerator = open_accelerator(settings)
     if settings.batch_size % accelerator.num_processes:
         raise UserError(f"batch_size {settings.batch_size}: not a multiple of the {accelerator.num_processes} processes.")
     ledger = DropLedger()
@@ -88,6 +89,20 @@ def pretrain(settings: PretrainSettings) -> None:
         print(f"{settings.out / 'encoder'}: encoder of {settings.objective}, {loop.steps} steps; {ledger.summary(total)}")
 
 
+def open_accelerator(settings: PretrainSettings) -> Accelerator:
+    """Raises UserError when the launcher's processes do not find each other, and each would train alone."""
+    # without being told, accelerate takes the processes of a launcher on CPUs for strangers
+    accelerator = Accelerator(
+        mixed_precision="bf16" if settings.precision == "bf16" else "no", cpu=not torch.cuda.is_available()
+    )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != launched:
+        raise UserError(
+            f"the launcher started {launched} processes, but they work as {accelerator.num_processes}. Check LAUNCH."
+        )
+    return accelerator
+
+
 def _set_up(settings: PretrainSettings, accelerator: Accelerator, samples: Samples, ledger: DropLedger) -> Setup:
     """Model and text side; the run folder keeps the tokenizer of the one or the description of the other."""
     held_out = None
@@ -107,7 +122,7 @@ def _set_up(settings: PretrainSettings, accelerator: Accelerator, samples: Sampl
         flops = training_flops(settings.vision, settings.clip_text.embedding_dim, settings.clip_text, length)
         validation = Validation(settings, held_out, tokenizer) if held_out is not None else None
         return Setup(build_clip(settings, tokenizer), TrainedTextSide(tokenizer, length), validation, flops)
-    assert settings.embeddings is not None and settings.validation.embeddings is not None
+    assert settings.embeddings is not None
     store = _store(settings, accelerator, samples.shards, settings.embeddings, ledger)
     if accelerator.is_main_process:
         write_json(settings.out / TEXT_ENCODER, store.manifest["encoder"])
@@ -116,7 +131,7 @@ def _set_up(settings: PretrainSettings, accelerator: Accelerator, samples: Sampl
     model = build_lift(settings, transform)
     validation = None
     if held_out is not None:
-        held_out_store = _store(settings, accelerator, held_out.shards, settings.validation.embeddings, held_out_ledger)
+        held_out_store = _store(settings, accelerator, held_out.shards, settings.validation_embeddings, held_out_ledger)
         validation = Validation(settings, held_out, held_out_store)
     negatives = None
     if settings.negatives.bank or settings.negatives.hard:

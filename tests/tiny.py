@@ -55,3 +55,13 @@ def tiny_pretrain(pairs: Path, llm: Path, out: Path, objective: str = "contrasti
         checkpoint_every=3,
         workers=0,
     )
+
+
+def pretrain_on_one_thread(settings: PretrainSettings) -> None:
+    """What a process of its own runs; here because such a process cannot import a test module."""
+    import torch
+
+    from lift.train import pretrain
+
+    torch.set_num_threads(1)
+    pretrain(settings)

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import tiny_pretrain
+from tiny import pretrain_on_one_thread, tiny_pretrain
 
 from lift.common.settings import save_settings
 from lift.embed import embed
@@ -41,11 +41,6 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def run_on_one_thread(settings: PretrainSettings) -> None:
-    torch.set_num_threads(1)
-    pretrain(settings)
-
-
 @pytest.fixture
 def processes() -> Any:
     """Processes that have imported everything beforehand, so that most of their life is training."""
@@ -60,7 +55,7 @@ def test_killed_at_any_instant_in_ten_trials(pairs: Path, tiny_llm: Path, tmp_pa
     settings = replace(tiny_pretrain(pairs, tiny_llm, tmp_path / "whole"), epochs=16, checkpoint_every=4, patch_dropout=0.25)
 
     def started(settings: PretrainSettings) -> Any:
-        process = processes.Process(target=run_on_one_thread, args=(settings,))
+        process = processes.Process(target=pretrain_on_one_thread, args=(settings,))
         process.start()
         return process
 
@@ -73,7 +68,7 @@ def test_killed_at_any_instant_in_ten_trials(pairs: Path, tiny_llm: Path, tmp_pa
     killed = 0
     for trial in range(10):
         out = tmp_path / f"cut{trial}"
-        cut = started(replace(settings, out=out, embeddings=None, validation=replace(settings.validation, embeddings=None)))
+        cut = started(replace(settings, out=out, embeddings=None))
         cut.join(instants.uniform(0.05, 0.95) * duration)
         killed += cut.is_alive()
         cut.kill()
@@ -89,7 +84,7 @@ def test_killed_at_any_instant_in_ten_trials(pairs: Path, tiny_llm: Path, tmp_pa
 
 
 def test_preemption_saves_and_asks_to_be_requeued(pairs: Path, tiny_llm: Path, tmp_path: Path) -> None:
-    whole = replace(tiny_pretrain(pairs, tiny_llm, tmp_path / "whole", "clip"), epochs=40, checkpoint_every=1000)
+    whole = replace(tiny_pretrain(pairs, tiny_llm, tmp_path / "whole", "clip"), epochs=20, checkpoint_every=1000)
     pretrain(whole)
     settings = replace(whole, out=tmp_path / "cut", embeddings=None)
     save_settings(settings, tmp_path / "cut.yaml")
@@ -103,9 +98,9 @@ def test_preemption_saves_and_asks_to_be_requeued(pairs: Path, tiny_llm: Path, t
     assert process.returncode == 75
     assert "stopped: asked to end; saved step" in message.splitlines()[-1]
     saved = int(checkpoints(settings.out)[-1].name.removeprefix("step_"))
-    assert 3 <= saved < 120
+    assert 3 <= saved < 60
     subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
-    assert len(rows(settings.out)) == 120
+    assert len(rows(settings.out)) == 60
     assert [row["keys"] for row in rows(settings.out)] == [row["keys"] for row in rows(whole.out)]
 
 

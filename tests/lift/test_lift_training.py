@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from tiny import tiny_pretrain
 from torch import nn
@@ -25,7 +25,7 @@ from lift.settings import EmbedSettings, NegativeSettings, PretrainSettings, Sou
 from lift.sources import Samples, read_sources
 from lift.step import TrainingStep
 from lift.store import EmbeddingStore
-from lift.train import _set_up, pretrain
+from lift.train import _set_up, open_accelerator, pretrain
 from lift.validation import recall_at_1
 
 
@@ -35,7 +35,8 @@ def rows(run: Path) -> list[dict[str, Any]]:
 
 def gradients(settings: PretrainSettings) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of the first step of a new model."""
-    accelerator = Accelerator(mixed_precision="bf16" if settings.precision == "bf16" else "no")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    accelerator = open_accelerator(settings)
     samples = Samples(read_sources(settings.data, DropLedger()))
     settings.out.mkdir(exist_ok=True)
     setup = _set_up(settings, accelerator, samples, DropLedger())
@@ -43,6 +44,7 @@ def gradients(settings: PretrainSettings) -> tuple[float, dict[str, torch.Tensor
     batch.valid_B[2] = False
     step = TrainingStep(settings, accelerator, setup.model, setup.model)
     loss = float(step(0, batch))
+    AcceleratorState._reset_state(reset_partial_state=True)
     return loss, {name: p.grad for name, p in setup.model.named_parameters() if p.grad is not None}
 
 
