@@ -57,6 +57,10 @@ class Shard:
     name: str
     samples: list[Sample]
 
+    def keyed_captions(self) -> list[tuple[str, str]]:
+        """(caption key, caption) of all samples, in order."""
+        return [pair for sample in self.samples for pair in sample.captions.items()]
+
 
 def read_sources(sources: list[SourceSettings], ledger: DropLedger) -> list[Shard]:
     """Reads all sources in order.

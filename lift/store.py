@@ -24,6 +24,20 @@ def caption_hash(caption: str) -> int:
     return int(sha256_text(caption)[:16], 16)
 
 
+def stored_captions(path: Path) -> dict[str, int]:
+    """Caption key -> caption hash of the rows of a shard file.
+
+    Raises:
+        UserError: not a whole Arrow file.
+    """
+    try:
+        with pa.memory_map(path.as_posix()) as source:
+            table = pa.ipc.open_file(source).read_all()
+            return dict(zip(table["key"].to_pylist(), table["caption_hash"].to_pylist(), strict=True))
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: not a whole shard of an embedding store: {error}. Delete it and embed again.") from error
+
+
 class StoreWriter:
     """Writes the shards of one store; `encoder` (what made the embeddings) goes into the manifest.
 
