@@ -28,7 +28,7 @@ class SourceSettings:
 
     @classmethod
     def from_string(cls, text: str) -> dict[str, str]:
-        """KIND:PATH[,KEY=VALUE...], as in webdataset:tars or coco_captions:coco.json,images=photos,name=coco; may be repeated."""
+        """KIND:PATH[,KEY=VALUE...], as in webdataset:tars or coco_captions:coco.json,images=photos,name=coco; repeatable."""
         kinds = get_args(get_type_hints(cls)["kind"])
         kind, _, rest = text.partition(":")
         path, *pairs = re.split(r",(?=\w+=)", rest)

@@ -91,7 +91,16 @@ def parse_embed(*arguments: str) -> EmbedSettings:
 def test_short_forms_of_the_command_line_equal_the_long_ones(recipe: Path) -> None:
     short = parse_embed(
         *("--data", "webdataset:s3://bucket/{00..10}.tar", "--data=coco_captions:a,b.json,images=photos,name=coco"),
-        *("--text-encoder", "models/llm", "--text_encoder.kind", "causal_lm", "--instruction", "Embed: a=b", "--max-length", "40"),
+        *(
+            "--text-encoder",
+            "models/llm",
+            "--text_encoder.kind",
+            "causal_lm",
+            "--instruction",
+            "Embed: a=b",
+            "--max-length",
+            "40",
+        ),
         *("--out", "store", "--max-drop-fraction=0.5"),
     )
     sources = [
