@@ -151,18 +151,14 @@ def _embed_missing(
 
 
 def embed_shard(shard: CaptionShard, encoder: TextEncoder, writer: StoreWriter, progress: str | None = None) -> ShardReport:
-    """Embeds each distinct caption once and writes the shard's file; a file that is there is checked instead.
+    """Embeds the captions in one call of the encoder and writes the shard's file; a file that is there is checked instead.
 
     A caption whose embedding is not finite in float16 is left out and reported.
     """
     if writer.has(shard.name):
         return _check_shard(shard, writer.folder)
     keyed = shard.keyed_captions()
-    captions = [caption for _, caption in keyed]
-    row = {caption: index for index, caption in enumerate(dict.fromkeys(captions))}
-    embeddings = encoder.encode(list(row), progress=progress)
-    if len(row) < len(captions):
-        embeddings = embeddings[[row[caption] for caption in captions]]
+    embeddings = encoder.encode([caption for _, caption in keyed], progress=progress)
     with np.errstate(over="ignore"):
         finite = np.atleast_1d(np.isfinite(embeddings.astype(np.float16)).all(axis=1))
     kept = [pair for pair, ok in zip(keyed, finite, strict=True) if ok]
@@ -244,8 +240,8 @@ def _describe_store(folder: Path) -> str:
     rows = manifest["rows"]
     size = sum((folder / f"{entry['name']}.arrow").stat().st_size for entry in manifest["shards"])
     parts = [f"{rows} embeddings of {manifest['dimension']} dimensions", f"{size / max(rows, 1):.1f} bytes per caption"]
-    if "cosine_error" in manifest:
-        parts.append(f"mean cosine error {manifest['cosine_error']:.1e}")
+    if "mean_cosine_error" in manifest:
+        parts.append(f"mean cosine error {manifest['mean_cosine_error']:.1e}")
     if "truncated" in manifest:
         parts.append(f"{manifest['truncated']} captions truncated")
     return ", ".join(parts)

@@ -177,10 +177,10 @@ def encoder(monkeypatch: pytest.MonkeyPatch) -> CountingEncoder:
     return counting
 
 
-def test_identical_captions_are_embedded_once_a_shard(encoder: CountingEncoder, tmp_path: Path) -> None:
+def test_a_shard_is_one_call_and_a_caption_without_embedding_is_in_the_ledger(encoder: CountingEncoder, tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("a\nbb\na\nbad\na\nbb\n")
     embed(EmbedSettings(captions=tmp_path / "list.txt", out=tmp_path / "store", shard_size=5, max_drop_fraction=0.2))
-    assert encoder.given == [["a", "bb", "bad"], ["bb"]]
+    assert encoder.given == [["a", "bb", "a", "bad", "a"], ["bb"]]
     store = EmbeddingStore(tmp_path / "store")
     rows = [store.find(f"captions/{n}", text) for n, text in ((1, "a"), (2, "bb"), (3, "a"), (5, "a"), (6, "bb"))]
     assert store.rows(np.array(rows))[:, 0].tolist() == [1, 2, 1, 1, 2]
