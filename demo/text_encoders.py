@@ -46,7 +46,7 @@ def text_sides(out: Path) -> list[Row]:
         for transform, how in TRANSFORMS.items():
             is_the_demos = (encoder, transform) == ("minilm", "none")
             name = "lift" if is_the_demos else f"lift_{encoder}_{transform}"
-            changes = ["--out", str(out / name), "--text_transform", transform]
+            changes = ["--out", str(out / name), "--text_transform.kind", transform]
             if encoder == "causal_lm":
                 changes += ["--text_encoder.kind", encoder, "--text_encoder.path", str(out / "language_model")]
                 changes += ["--embeddings", str(out / "embeddings_causal_lm")]

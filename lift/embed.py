@@ -11,18 +11,19 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from tqdm import tqdm
 
 from lift.captions import read_captions
 from lift.common.errors import UserError
-from lift.common.files import locked_folder, read_json, sweep
+from lift.common.files import locked_folder, sweep
 from lift.common.ledger import DropLedger
 from lift.settings import EmbedSettings, TextEncoderSettings
 from lift.sources import read_sources
-from lift.store import StoreWriter, caption_hash, stored_captions
+from lift.store import EmbeddingStore, StoreDtype, StoreWriter, storable, text_hash
+from lift.store.shard_file import Drop, ShardFile, read_shard_file
 from lift.text_encoders import TextEncoder, describe_text_encoder, load_text_encoder
 
 
@@ -43,8 +44,8 @@ class ShardReport:
 
     name: str
     samples: int
-    lost: list[str]
-    """Keys of the captions whose embedding is not finite; they are not in the store."""
+    dropped: list[Drop]
+    """Samples of which a caption has no row, because its embedding cannot be stored."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,16 @@ def embed(settings: EmbedSettings) -> None:
     ledger = DropLedger()
     shards = _read_shards(settings, ledger)
     if is_store_of(settings.out, shards, settings.text_encoder, settings.dtype):
-        reports = [_check_shard(shard, settings.out) for shard in tqdm(shards, desc="check embeddings", unit="shard")]
-        total = _account(reports, ledger)
+        store = EmbeddingStore(settings.out)
+        bar = tqdm(shards, desc="check embeddings", unit="shard")
+        files = (read_shard_file(settings.out / f"{shard.name}.arrow", store.dimension, store.dtype) for shard in shards)
+        total = _account((_check_shard(shard, file, settings.out) for shard, file in zip(bar, files, strict=True)), ledger)
         print(f"{settings.out}: embeddings are complete, reused")
     else:
         total = _embed_missing(
             shards, settings.text_encoder, settings.out, ledger, settings.max_drop_fraction, settings.dtype, _engine(settings)
         )
-    print(f"{settings.out}: {_describe_store(settings.out)}; {ledger.summary(total)}")
+    print(f"{settings.out}: {EmbeddingStore(settings.out).summary()}; {ledger.summary(total)}")
 
 
 def _read_shards(settings: EmbedSettings, ledger: DropLedger) -> Sequence[CaptionShard]:
@@ -127,7 +130,7 @@ def _embed_missing(
     out: Path,
     ledger: DropLedger,
     max_drop_fraction: float,
-    dtype: str,
+    dtype: StoreDtype,
     open_engine: OpenEngine,
 ) -> int:
     """Writes the shards that are missing, then the manifest; returns the number of samples."""
@@ -139,9 +142,8 @@ def _embed_missing(
                 f"{out}: holds the shard {foreign[0]}, which is not of this data. Choose another folder, or delete this one."
             )
         description = describe_text_encoder(text_encoder)
-        storage: dict[str, Any] = {} if dtype == "float16" else {"dtype": dtype}
         with open_engine(text_encoder) as engine:
-            writer = StoreWriter(out, description, engine.dimension, **storage)
+            writer = StoreWriter(out, description, engine.dimension, dtype)
             reports = engine.run(shards, writer)
             total = _account(tqdm(reports, total=len(shards), desc="embed captions", unit="shard"), ledger)
         sweep(out)
@@ -153,42 +155,56 @@ def _embed_missing(
 def embed_shard(shard: CaptionShard, encoder: TextEncoder, writer: StoreWriter, progress: str | None = None) -> ShardReport:
     """Embeds the captions in one call of the encoder and writes the shard's file; a file that is there is checked instead.
 
-    A caption whose embedding is not finite in float16 is left out and reported.
+    A caption whose embedding cannot be stored is left out and reported.
     """
     if writer.has(shard.name):
-        return _check_shard(shard, writer.folder)
+        return _check_shard(shard, writer.read(shard.name), writer.folder)
     keyed = shard.keyed_captions()
-    embeddings = encoder.encode([caption for _, caption in keyed], progress=progress)
-    with np.errstate(over="ignore"):
-        finite = np.atleast_1d(np.isfinite(embeddings.astype(np.float16)).all(axis=1))
-    kept = [pair for pair, ok in zip(keyed, finite, strict=True) if ok]
-    writer.write_shard(shard.name, [key for key, _ in kept], [caption for _, caption in kept], embeddings[finite])
-    return _report(shard.name, keyed, {key for key, _ in kept})
+    encoded = encoder.encode_counted([caption for _, caption in keyed], progress)
+    fits = storable(encoded.embeddings, writer.dtype)
+    lost: dict[str, list[str]] = {}
+    for number in np.flatnonzero(~fits):
+        lost.setdefault(_sample_of(keyed[number][0]), []).append(keyed[number][0])
+    dropped = [(sample, "embedding not finite", ", ".join(keys)) for sample, keys in lost.items()]
+    kept = [keyed[number] for number in np.flatnonzero(fits)]
+    writer.write_shard(
+        shard.name,
+        [key for key, _ in kept],
+        [caption for _, caption in kept],
+        encoded.embeddings[fits],
+        encoded.truncated,
+        dropped,
+    )
+    return ShardReport(shard.name, _count_samples(keyed), dropped)
 
 
-def _check_shard(shard: CaptionShard, store: Path) -> ShardReport:
-    """The report on a shard whose file an earlier run wrote.
+def _check_shard(shard: CaptionShard, stored: ShardFile, store: Path) -> ShardReport:
+    """The report on a shard that an earlier run wrote.
 
     Raises:
-        UserError: the file has a caption that the shard has not.
+        UserError: the file was not made of the captions that the shard has now.
     """
-    path = store / f"{shard.name}.arrow"
     keyed = shard.keyed_captions()
-    captions = dict(keyed)
-    stored = stored_captions(path)
-    for key, stored_hash in stored.items():
-        if key not in captions or caption_hash(captions[key]) != stored_hash:
-            raise UserError(
-                f"{path}: the caption '{key}' is not the one that was embedded; the data has changed since. "
-                "Choose another folder for the store, or delete this one."
-            )
-    return _report(shard.name, keyed, stored.keys())
+    hashes = dict(zip(stored.keys.to_pylist(), stored.caption_hashes.tolist(), strict=True))
+    dropped = {key for key, _, _ in stored.statistics.dropped}
+    for key, caption in keyed:
+        found = hashes.pop(key, None)
+        if found != text_hash(caption) and (found is not None or _sample_of(key) not in dropped):
+            raise _other_captions(store, shard, key)
+    if hashes:
+        raise _other_captions(store, shard, next(iter(hashes)))
+    return ShardReport(shard.name, _count_samples(keyed), stored.statistics.dropped)
 
 
-def _report(name: str, keyed: list[tuple[str, str]], stored: Iterable[str]) -> ShardReport:
-    embedded = set(stored)
-    lost = [key for key, _ in keyed if key not in embedded]
-    return ShardReport(name, len({_sample_of(key) for key, _ in keyed}), lost)
+def _other_captions(store: Path, shard: CaptionShard, key: str) -> UserError:
+    return UserError(
+        f"{store / shard.name}.arrow: the caption '{key}' is not what was embedded; the data has changed since. Choose another "
+        "folder for the store, or delete this one."
+    )
+
+
+def _count_samples(keyed: list[tuple[str, str]]) -> int:
+    return len({_sample_of(key) for key, _ in keyed})
 
 
 def _sample_of(caption_key: str) -> str:
@@ -196,30 +212,26 @@ def _sample_of(caption_key: str) -> str:
 
 
 def _account(reports: Iterable[ShardReport], ledger: DropLedger) -> int:
-    """Records lost captions by sample; returns the number of samples, those that the ledger had before included."""
+    """Fills the ledger; returns the number of samples, those that the ledger had before included."""
     total = len(ledger)
     for report in reports:
         total += report.samples
-        lost: dict[str, list[str]] = {}
-        for key in report.lost:
-            lost.setdefault(_sample_of(key), []).append(key)
-        for sample, keys in lost.items():
-            ledger.drop(sample, "embedding not finite", ", ".join(sorted(keys)))
+        for drop in report.dropped:
+            ledger.drop(*drop)
     return total
 
 
 def is_store_of(
-    folder: Path, shards: Sequence[CaptionShard], text_encoder: TextEncoderSettings, dtype: str | None = None
+    folder: Path, shards: Sequence[CaptionShard], text_encoder: TextEncoderSettings, dtype: StoreDtype | None = None
 ) -> bool:
     """True when `folder` holds a finished store of these shards made by this encoder, stored as `dtype` where that is given.
 
     Raises:
         UserError: a finished store made by another encoder, with another storage type, or of other shards.
     """
-    path = folder / "manifest.json"
-    if not path.is_file():
+    if not (folder / "manifest.json").is_file():
         return False
-    manifest = read_json(path)
+    manifest = EmbeddingStore(folder).manifest
     wanted = describe_text_encoder(text_encoder) | ({"dtype": dtype} if dtype else {})
     found = manifest["encoder"] | {"dtype": manifest["dtype"]}
     different = [key for key in wanted if found.get(key) != wanted[key]]
@@ -232,16 +244,3 @@ def is_store_of(
     if missing:
         raise UserError(f"{folder}: the embedding store has no shard {sorted(missing)[0]}; it was made from other data.")
     return True
-
-
-def _describe_store(folder: Path) -> str:
-    """One line from the manifest: rows, size, and what of loss and truncation was recorded."""
-    manifest = read_json(folder / "manifest.json")
-    rows = manifest["rows"]
-    size = sum((folder / f"{entry['name']}.arrow").stat().st_size for entry in manifest["shards"])
-    parts = [f"{rows} embeddings of {manifest['dimension']} dimensions", f"{size / max(rows, 1):.1f} bytes per caption"]
-    if "mean_cosine_error" in manifest:
-        parts.append(f"mean cosine error {manifest['mean_cosine_error']:.1e}")
-    if "truncated" in manifest:
-        parts.append(f"{manifest['truncated']} captions truncated")
-    return ", ".join(parts)

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPTextModelWith
 
 from lift.common.errors import UserError
 from lift.common.files import read_json, require_folder, sha256_folder
-from lift.model import class_token_feature, mean_patch_feature
+from lift.model import class_token_feature, lift_head, mean_patch_feature
 from lift.settings import TextEncoderSettings
 from lift.text_encoders import describe_text_encoder, load_text_encoder
 from lift.text_side import TrainedTextSide
@@ -41,12 +41,13 @@ class Encoder:
         self.head: nn.Module = (
             nn.Linear(width, dimension, bias=False)
             if self.is_clip
-            else nn.Sequential(nn.Linear(width, dimension), nn.GELU(), nn.Linear(dimension, dimension))
+            else lift_head(width, weights["head.0.weight"].shape[0], dimension)
         )
         _load_prefixed(self.head, weights, "head.")
         self.head.eval().to(self.device)
-        self.text_transform = TextTransform(self.config["text_transform"], dimension)
         if not self.is_clip:
+            raw_dimension = weights["text_transform.mean_D"].shape[0] if "text_transform.mean_D" in weights else dimension
+            self.text_transform = TextTransform(self.config["text_transform"], raw_dimension, dimension)
             _load_prefixed(self.text_transform, weights, "text_transform.")
 
     @property

@@ -58,7 +58,7 @@ def export_encoder(run: Path, out: Path, step: int | None = None) -> None:
                 "format": FORMAT,
                 "objective": settings.objective,
                 "embedding_dim": int(state["head.weight" if settings.objective == "clip" else "head.2.weight"].shape[0]),
-                "text_transform": settings.text_transform,
+                "text_transform": settings.text_transform.kind,
                 "text": text,
                 "step": chosen,
                 "seed": settings.seed,

@@ -117,7 +117,13 @@ class Worker:
                 "all nodes share; give its absolute path."
             )
         assert self.encoder is not None
-        return embed_shard(shard, self.encoder, writer)
+        try:
+            return embed_shard(shard, self.encoder, writer)
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{error.filename}: {socket.gethostname()} does not see this file. Captions and the sources' index "
+                "(data.index, LIFT_CACHE) must lie on a file system that all nodes share; give absolute paths."
+            ) from error
 
 
 class Pool:
@@ -187,7 +193,7 @@ class Pool:
         if self.lost[name] == ATTEMPTS:
             raise UserError(
                 f"{name}: {ATTEMPTS} Ray workers were lost one after the other ({type(error).__name__}). If memory ran out, "
-                "lower text_encoder.batch_size; finished shards are kept."
+                "lower text_encoder.batch_tokens; finished shards are kept."
             ) from error
         tqdm.write(f"{name}: its Ray worker was lost ({type(error).__name__}); it is done again")
         if shard is not None:

@@ -24,8 +24,8 @@ from lift.common.errors import UserError
 from lift.common.ledger import DropLedger
 from lift.embed import embed
 from lift.settings import EmbedSettings, SourceSettings, TextEncoderSettings
-from lift.store import EmbeddingStore
-from lift.text_encoders import load_text_encoder
+from lift.store import EmbeddingStore, text_hashes
+from lift.text_encoders import Encoded, load_text_encoder
 
 ODD_CAPTIONS = [
     "nul \0 inside",
@@ -47,7 +47,7 @@ def job(tiny_llm: Path, tmp_path: Path) -> Callable[[str], list[str]]:
     captions = tmp_path / "captions.jsonl"
     rows = [{"key": f"k{i}" + "x" * 100 * i, "caption": f"caption {i % 7} " + "long " * i} for i in range(40)]
     captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    encoder = ["--text-encoder", str(tiny_llm), "--text_encoder.kind", "causal_lm", "--text_encoder.batch_size", "2"]
+    encoder = ["--text-encoder", str(tiny_llm), "--text_encoder.batch_tokens", "64"]
     return lambda out: ["embed", "--captions", str(captions), "--shard-size", "8", *encoder, "--out", str(tmp_path / out)]
 
 
@@ -143,12 +143,14 @@ def test_every_usable_caption_is_embedded_as_it_stands(
     settings = EmbedSettings(captions=path, out=tmp_path / "store", text_encoder=encoder, shard_size=4, max_drop_fraction=0.2)
     embed(settings)
     store = EmbeddingStore(tmp_path / "store")
-    rows = [store.find(f"k{i}", text.strip()) for i, text in enumerate(ODD_CAPTIONS)]
-    expected = load_text_encoder(encoder).encode([text.strip() for text in ODD_CAPTIONS])
-    np.testing.assert_allclose(store.rows(np.array(rows)), expected, atol=2e-3)
+    texts = [text.strip() for text in ODD_CAPTIONS]
+    rows = store.match("", [f"k{i}" for i in range(len(texts))], text_hashes(texts))
+    assert rows.tolist() == list(range(len(texts)))
+    np.testing.assert_allclose(store.rows(rows), load_text_encoder(encoder).encode(texts), atol=2e-3)
     size = sum(file.stat().st_size for file in (tmp_path / "store").glob("*.arrow"))
     printed = capsys.readouterr().out
-    assert f"6 embeddings of 32 dimensions, {size / 6:.1f} bytes per caption" in printed
+    assert f"6 embeddings, float16, {size / 6:.0f} bytes per caption, cosine error mean" in printed
+    assert ", 2 captions cut; " in printed
     assert "dropped 1 of 7 samples: 1 empty caption" in printed
     before = embed_jobs.hashes(tmp_path / "store")
     embed(settings)
@@ -157,16 +159,17 @@ def test_every_usable_caption_is_embedded_as_it_stands(
 
 
 class CountingEncoder:
-    """Embeds a caption as its length and counts what it is given; a caption of "bad" is not a number."""
+    """Embeds a caption as its length, and keeps what it is given; "bad" is not a number, captions over 2 are truncated."""
 
     dimension = 2
 
     def __init__(self) -> None:
         self.given: list[list[str]] = []
 
-    def encode(self, captions: list[str], progress: str | None = None) -> np.ndarray:
+    def encode_counted(self, captions: list[str], progress: str | None = None) -> Encoded:
         self.given.append(captions)
-        return np.array([[np.nan if caption == "bad" else len(caption), 1] for caption in captions], np.float32)
+        rows = [[np.nan if caption == "bad" else len(caption), 1] for caption in captions]
+        return Encoded(np.array(rows, np.float32), sum(len(caption) > 2 for caption in captions))
 
 
 @pytest.fixture
@@ -178,13 +181,15 @@ def encoder(monkeypatch: pytest.MonkeyPatch) -> CountingEncoder:
 
 
 def test_a_shard_is_one_call_and_a_caption_without_embedding_is_in_the_ledger(encoder: CountingEncoder, tmp_path: Path) -> None:
-    (tmp_path / "list.txt").write_text("a\nbb\na\nbad\na\nbb\n")
+    (tmp_path / "list.txt").write_text("a\nbb\na\nbad\na\nbbb\n")
     embed(EmbedSettings(captions=tmp_path / "list.txt", out=tmp_path / "store", shard_size=5, max_drop_fraction=0.2))
-    assert encoder.given == [["a", "bb", "a", "bad", "a"], ["bb"]]
+    assert encoder.given == [["a", "bb", "a", "bad", "a"], ["bbb"]]
     store = EmbeddingStore(tmp_path / "store")
-    rows = [store.find(f"captions/{n}", text) for n, text in ((1, "a"), (2, "bb"), (3, "a"), (5, "a"), (6, "bb"))]
-    assert store.rows(np.array(rows))[:, 0].tolist() == [1, 2, 1, 1, 2]
-    assert store.find("captions/4", "bad") is None
+    texts = ["a", "bb", "a", "bad", "a", "bbb"]
+    rows = store.match("", [f"captions/{n}" for n in range(1, 7)], text_hashes(texts))
+    assert rows.tolist() == [0, 1, 2, -1, 3, 4]
+    assert store.rows(rows[rows >= 0])[:, 0].tolist() == [1, 2, 1, 1, 3]
+    assert store.manifest["truncated"] == 2
     dropped = [json.loads(line) for line in (tmp_path / "store" / "dropped.jsonl").read_text().splitlines()]
     assert dropped == [{"key": "captions/4", "cause": "embedding not finite", "detail": "captions/4"}]
 
@@ -205,18 +210,24 @@ def test_finished_and_unfinished_stores_of_other_captions_are_refused(encoder: C
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_other_captions_under_the_same_keys_are_refused(encoder: CountingEncoder, tmp_path: Path, finished: bool) -> None:
-    def write(caption: str) -> None:
-        members = {"0.png": encoded(noise_image(0)), "0.txt": caption.encode()}
-        write_tar(tmp_path / "pairs" / "00000.tar", members)
+@pytest.mark.parametrize(
+    ("after", "key"), [(["first", "other"], "1#0"), (["first"], "1#0"), (["first", "second", "third"], "2#0")]
+)
+def test_other_captions_than_those_embedded_are_refused(
+    encoder: CountingEncoder, tmp_path: Path, after: list[str], key: str, finished: bool
+) -> None:
+    def write(captions: list[str]) -> None:
+        texts = {f"{i}.txt": caption.encode() for i, caption in enumerate(captions)}
+        images = {f"{i}.png": encoded(noise_image(i)) for i in range(len(captions))}
+        write_tar(tmp_path / "pairs" / "00000.tar", texts | images)
 
-    write("before")
-    settings = EmbedSettings(data=[SourceSettings(kind="webdataset", path=tmp_path / "pairs")], out=tmp_path / "store")
+    write(["first", "second"])
+    settings = EmbedSettings(data=[SourceSettings(kind="webdataset", path=str(tmp_path / "pairs"))], out=tmp_path / "store")
     embed(settings)
     if not finished:
         (tmp_path / "store" / "manifest.json").unlink()
-    write("after!")
-    with pytest.raises(UserError, match="the caption 'webdataset/0#0' is not the one that was embedded"):
+    write(after)
+    with pytest.raises(UserError, match=rf"00000\.arrow: the caption 'webdataset/{key}' is not what was embedded"):
         embed(settings)
 
 
@@ -235,7 +246,7 @@ def test_a_broken_shard_file_is_named(encoder: CountingEncoder, tmp_path: Path) 
     embed(settings)
     (shard,) = (tmp_path / "store").glob("*.arrow")
     shard.write_bytes(shard.read_bytes()[:-100])
-    with pytest.raises(UserError, match=rf"{shard.name}: not a whole shard"):
+    with pytest.raises(UserError, match=rf"{shard.name}: the manifest states"):
         embed(settings)
 
 

@@ -18,7 +18,14 @@ from lift.common.errors import UserError
 from lift.encoder import load_encoder
 from lift.model import LiftModel, build_clip, build_lift, mean_patch_feature, vision_config
 from lift.run_folder import checkpoints
-from lift.settings import ClipTextSettings, PretrainSettings, SourceSettings, TextEncoderSettings, VisionSettings
+from lift.settings import (
+    ClipTextSettings,
+    PretrainSettings,
+    SourceSettings,
+    TextEncoderSettings,
+    TextTransformSettings,
+    VisionSettings,
+)
 from lift.store import EmbeddingStore
 from lift.text_side import clip_tokenizer
 from lift.train import learning_rate_at, pretrain
@@ -31,7 +38,7 @@ def settings_for(pairs: Path, llm: Path, out: Path, objective: str = "contrastiv
         out=out,
         objective=objective,  # type: ignore[arg-type]
         text_encoder=TextEncoderSettings(kind="causal_lm", path=str(llm)),
-        text_transform="whiten",
+        text_transform=TextTransformSettings(kind="whiten"),
         vision=VisionSettings(image_size=16, patch_size=8, width=16, layers=2, heads=2),
         clip_text=ClipTextSettings(width=16, layers=1, heads=2, context_length=16, embedding_dim=16, vocabulary_size=300),
         batch_size=8,
@@ -172,6 +179,7 @@ def test_encoder_folder_loads_in_plain_transformers(pairs: Path, tiny_llm: Path,
     assert set(load_file(folder / "model.safetensors")) == {
         f"vision_model.{name}" for name in encoder.vision.state_dict() if "position_ids" not in name
     }
+    assert encoder.embedding_dim == (16 if objective == "clip" else 32)
     features = encoder.encode_images([image, noise_image(3)])
     texts = encoder.encode_texts(["a", "b", "c"])
     assert features.shape == (2, texts.shape[1])
@@ -236,9 +244,9 @@ def test_pooling_and_head_match_the_official_model(shared: Path) -> None:
 
 def test_lift_and_clip_start_from_the_same_image_encoder(pairs: Path, tiny_llm: Path, tmp_path: Path) -> None:
     settings = settings_for(pairs, tiny_llm, tmp_path)
-    lift = build_lift(settings, 32)
+    lift = build_lift(settings, TextTransform("none", 32))
     clip = build_clip(settings, clip_tokenizer(settings.clip_text, ["a picture"]))
-    other = build_lift(replace(settings, seed=1), 32)
+    other = build_lift(replace(settings, seed=1), TextTransform("none", 32))
     weights = lift.vision.state_dict()
     assert all(torch.equal(weights[name], tensor) for name, tensor in clip.vision.state_dict().items())
     assert not torch.equal(weights["embeddings.class_embedding"], other.vision.state_dict()["embeddings.class_embedding"])
@@ -247,10 +255,12 @@ def test_lift_and_clip_start_from_the_same_image_encoder(pairs: Path, tiny_llm: 
 def test_caption_without_embedding_leaves_the_order_alone(pairs: Path, tiny_llm: Path, tmp_path: Path, monkeypatch) -> None:
     """CLIP drops nothing and LIFT one caption: both still see the same images at every step."""
     keys = {}
-    find = EmbeddingStore.find
-    monkeypatch.setattr(
-        EmbeddingStore, "find", lambda store, key, caption: None if "000000003#" in key else find(store, key, caption)
-    )
+    match = EmbeddingStore.match
+
+    def match_all_but_one(store: EmbeddingStore, shard: str, key: list[str], hashes: np.ndarray) -> np.ndarray:
+        return np.where(["000000003#" in k for k in key], -1, match(store, shard, key, hashes))
+
+    monkeypatch.setattr(EmbeddingStore, "match", match_all_but_one)
     for objective in ("contrastive", "clip"):
         run = tmp_path / objective
         pretrain(replace(settings_for(pairs, tiny_llm, run, objective), log_every=1, max_drop_fraction=0.1))

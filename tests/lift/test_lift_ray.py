@@ -39,7 +39,7 @@ def embedding_worker(driver: int) -> psutil.Process | None:
 def test_a_killed_worker_changes_nothing(tiny_llm: Path, tmp_path: Path) -> None:
     captions = tmp_path / "captions.txt"
     captions.write_text("".join(f"caption {i % 97} {'long ' * (i % 40)}\n" for i in range(400)))
-    encoder = ["--text-encoder", str(tiny_llm), "--text_encoder.kind", "causal_lm", "--text_encoder.batch_size", "1"]
+    encoder = ["--text-encoder", str(tiny_llm), "--text_encoder.batch_tokens", "1"]
     local = ["embed", "--captions", str(captions), "--shard-size", "10", *encoder, "--max-length", "300"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     log = (tmp_path / "driver.txt").open("w")
@@ -60,7 +60,7 @@ def test_a_killed_worker_changes_nothing(tiny_llm: Path, tmp_path: Path) -> None
         log.close()
     printed = (tmp_path / "driver.txt").read_text()
     assert re.search(r"shard captions-\w+-\w+: its Ray worker was lost \(ActorDiedError\); it is done again", printed)
-    assert "400 embeddings of 32 dimensions" in printed
+    assert "400 embeddings, float16" in printed
     assert embed_jobs.hashes(tmp_path / "store") == embed_jobs.hashes(tmp_path / "alone")
 
 
