@@ -54,7 +54,7 @@ def test_a_killed_worker_changes_nothing(tiny_llm: Path, tmp_path: Path) -> None
             time.sleep(0.02)
         worker.kill()
         assert not (tmp_path / "store" / "manifest.json").exists(), "the worker was not caught at work"
-        assert driver.wait(timeout=100) == 0, (tmp_path / "driver.txt").read_text()
+        assert driver.wait(timeout=200) == 0, (tmp_path / "driver.txt").read_text()
     finally:
         driver.kill()
         log.close()
