@@ -8,9 +8,12 @@ from lift.common.cli import Command, run_command
 from lift.settings import (
     CheckDataSettings,
     EmbedSettings,
+    EncodeSettings,
     ExportSettings,
     ImportEmbeddingsSettings,
+    ImportSettings,
     PretrainSettings,
+    PushSettings,
     TransformSettings,
 )
 
@@ -20,7 +23,10 @@ COMMANDS = {
     "import-embeddings": Command(ImportEmbeddingsSettings, "lift.import_embeddings:import_embeddings"),
     "transform": Command(TransformSettings, "lift.transforms:fit_transform", positional=True),
     "pretrain": Command(PretrainSettings, "lift.train:pretrain"),
-    "export": Command(ExportSettings, "lift.export:export"),
+    "export": Command(ExportSettings, "lift.export:export", positional=True),
+    "import": Command(ImportSettings, "lift.import_official:import_official", positional=True),
+    "encode": Command(EncodeSettings, "lift.encode:encode", positional=True),
+    "push": Command(PushSettings, "lift.push:push", positional=True),
 }
 
 

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from lift.common.images import ImageFault, decode_image
+from lift.common.images import ImageFault, decode_rgb
 from lift.images import random_resized_crop
 from lift.order import batch_positions
 from lift.settings import PretrainSettings
@@ -37,7 +37,7 @@ class TextSide(Protocol):
 @dataclass
 class Batch:
     pixels_B3HW: Tensor
-    """uint8."""
+    """uint8, channels-last in memory."""
     text: dict[str, Tensor]
     valid_B: Tensor
     """False where a sample could not be read and zeros stand in for it."""
@@ -100,11 +100,11 @@ class PairDataset(Dataset):
         try:
             if isinstance(content, OSError):
                 raise content
-            image = decode_image(content)
+            image_HW3 = decode_rgb(content)
         except (OSError, ImageFault) as error:
-            return item | {"pixels": np.zeros((3, size, size), np.uint8), "fault": f"{type(error).__name__}: {error}"}
+            return item | {"pixels": torch.zeros(size, size, 3, dtype=torch.uint8), "fault": f"{type(error).__name__}: {error}"}
         crop = np.random.default_rng([self.settings.seed, epoch, number, 2])
-        return item | {"pixels": random_resized_crop(image, size, self.settings.crop_scale, crop)}
+        return item | {"pixels": random_resized_crop(image_HW3, size, self.settings.crop_scale, crop)}
 
 
 class StepSampler(Sampler[list[tuple[int, int, int]]]):
@@ -132,7 +132,8 @@ def make_loader(
         numbers, keys = np.array([item["caption_number"] for item in items]), [item["key"] for item in items]
         readable = np.array([item["fault"] is None for item in items])
         return Batch(
-            pixels_B3HW=torch.from_numpy(np.stack([item["pixels"] for item in items])),
+            # default_collate stacks straight into memory shared with the main process
+            pixels_B3HW=default_collate([item["pixels"] for item in items]).permute(0, 3, 1, 2),
             text=text_side(items[0]["step"], numbers, keys, [item["caption"] for item in items]),
             valid_B=torch.from_numpy(readable & text_side.is_usable(numbers)),
             keys=keys,

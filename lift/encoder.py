@@ -1,18 +1,22 @@
-"""An encoder folder, loaded for evaluation: images and texts in, L2-normalised float32 features of one space out."""
+"""An encoder folder, loaded for evaluation: images and texts in, L2-normalised float32 features of one space out.
+
+Folders written by `lift export` and `lift import` are alike here; one that was imported without its text encoder embeds images.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPTextModelWithProjection, CLIPVisionModel
@@ -20,10 +24,14 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPTextModelWith
 from lift.common.errors import UserError
 from lift.common.files import read_json, require_folder, sha256_folder
 from lift.model import class_token_feature, lift_head, mean_patch_feature
+from lift.official import EVALUATION_CROP, official_evaluation_pixels
 from lift.settings import TextEncoderSettings
 from lift.text_encoders import describe_text_encoder, load_text_encoder
 from lift.text_side import TrainedTextSide
 from lift.transforms import TextTransform
+
+CARD = "README.md"
+"""The model card of an encoder folder; no part of what its content hash stands for."""
 
 
 class Encoder:
@@ -56,18 +64,40 @@ class Encoder:
 
     @cached_property
     def content_hash(self) -> str:
-        return sha256_folder(self.folder)
+        return encoder_hash(self.folder)
+
+    def pixel_values(self, image: Image.Image, protocol: Literal["standard", "official"] = "standard") -> Tensor:
+        """float32 [3, H, W] of an image of any mode.
+
+        Args:
+            protocol: standard is the folder's own image processor, official is what the official evaluation scripts do, with
+                ImageNet's mean and deviation (see `lift.official`).
+        Raises:
+            UserError: the official protocol for an encoder that does not see 224 pixels.
+        """
+        if protocol == "standard":
+            return self.processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        if self.vision.config.image_size != EVALUATION_CROP:
+            raise UserError(
+                f"{self.folder}: the official evaluation protocol crops {EVALUATION_CROP} pixels, but this encoder sees "
+                f"{self.vision.config.image_size}. Use --protocol standard."
+            )
+        return official_evaluation_pixels(image)
+
+    @torch.inference_mode()
+    def image_embeddings(self, pixel_values_B3HW: Tensor) -> Tensor:
+        """float32 [B, D] on the encoder's device, as the head gives them, not normalised."""
+        feature = class_token_feature if self.is_clip else mean_patch_feature
+        return self.head(feature(self.vision, pixel_values_B3HW.to(self.device)))
 
     @torch.inference_mode()
     def encode_images(self, images: Sequence[Image.Image], batch_size: int = 64, progress: str | None = None) -> np.ndarray:
         """float32 [N, D], L2-normalised, in the order given; images of any mode are converted to RGB."""
-        feature = class_token_feature if self.is_clip else mean_patch_feature
         out = np.empty((len(images), self.embedding_dim), np.float32)
         for start in tqdm(range(0, len(images), batch_size), desc=progress, disable=progress is None, leave=False):
-            batch = [image.convert("RGB") for image in images[start : start + batch_size]]
-            pixels_B3HW = self.processor(images=batch, return_tensors="pt")["pixel_values"].to(self.device)
-            features_BD = F.normalize(self.head(feature(self.vision, pixels_B3HW)), dim=-1)
-            out[start : start + len(batch)] = features_BD.cpu().numpy()
+            pixels_B3HW = torch.stack([self.pixel_values(image) for image in images[start : start + batch_size]])
+            features_BD = F.normalize(self.image_embeddings(pixels_B3HW), dim=-1)
+            out[start : start + len(features_BD)] = features_BD.cpu().numpy()
         return out
 
     @torch.inference_mode()
@@ -75,16 +105,15 @@ class Encoder:
         """float32 [N, D], L2-normalised, in the order given.
 
         Raises:
-            UserError: the text encoder that a LIFT encoder was aligned to is not where it was, or has changed.
+            UserError: the text encoder that a LIFT encoder was aligned to is not where it was, has changed, or was not given
+                when the encoder was imported.
         """
         if not self.is_clip:
-            raw_ND = torch.from_numpy(self._text_encoder.encode(list(texts)))
-            # the store holds float16, so that is what the encoder was aligned to
-            return self.text_transform(raw_ND.half().float()).numpy()
+            return self.text_transform(torch.from_numpy(self._text_encoder.encode(list(texts)))).numpy()
         tower, side = self._text_tower
         batches = []
         for start in range(0, len(texts), batch_size):
-            batch = side([], list(texts[start : start + batch_size]))
+            batch = side.tokenise(list(texts[start : start + batch_size]))
             tokens = {name: tensor.to(self.device) for name, tensor in batch.items()}
             batches.append(F.normalize(tower(**tokens).text_embeds, dim=-1).cpu().numpy())
         return np.concatenate(batches) if batches else np.empty((0, self.embedding_dim), np.float32)
@@ -92,18 +121,37 @@ class Encoder:
     @cached_property
     def _text_encoder(self) -> Any:
         text = self.config["text"]
-        settings = TextEncoderSettings(**{name: value for name, value in text.items() if name != "revision"})
+        if text["revision"] is None:
+            raise UserError(
+                f"{self.folder}: was imported without its text encoder, so that it embeds images only. Import it again with "
+                "--text_encoder.kind, --text_encoder.path and --text_encoder.max_length; the published LIFT checkpoints were "
+                "aligned to NV-Embed-v2 with max_length 77 (short captions) or 323 (long ones)."
+            )
+        known = {field.name for field in fields(TextEncoderSettings)}
+        settings = TextEncoderSettings(**{name: value for name, value in text.items() if name in known})
         found = describe_text_encoder(settings)["revision"]
         if found != text["revision"]:
             raise UserError(
                 f"{self.folder}: was aligned to the text encoder {text['path'] or text['kind']} with revision "
                 f"{text['revision'][:12]}, found {found[:12]}. Put that text encoder back."
             )
-        return load_text_encoder(settings)
+        encoder = load_text_encoder(settings)
+        if encoder.dimension != self.embedding_dim:
+            raise UserError(
+                f"{self.folder}: the encoder has {self.embedding_dim} dimensions, its text encoder "
+                f"{text['path'] or text['kind']} has {encoder.dimension}. "
+                "Import it again with the text encoder that it was aligned to."
+            )
+        return encoder
 
     @cached_property
     def _text_tower(self) -> tuple[CLIPTextModelWithProjection, TrainedTextSide]:
         folder = self.folder / "text_tower"
+        if not (folder / "tokenizer.json").is_file():
+            raise UserError(
+                f"{self.folder}: was imported without a tokenizer, so that it embeds images only. Import it again with "
+                "--tokenizer FOLDER, CLIP's own (tokenizer.json)."
+            )
         tower = load_checked(CLIPTextModelWithProjection, folder).eval().to(self.device)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         return tower, TrainedTextSide(tokenizer, tower.config.max_position_embeddings)
@@ -115,6 +163,11 @@ def load_encoder(folder: Path) -> Encoder:
         return Encoder(folder)
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: not a whole encoder folder: {str(error).splitlines()[0]}. Export it again.") from error
+
+
+def encoder_hash(folder: Path) -> str:
+    """Hash of everything in an encoder folder that its features depend on: all files but the model card."""
+    return sha256_folder(folder, leave_out=folder / CARD)
 
 
 def load_checked(model_class: Any, folder: Path) -> Any:

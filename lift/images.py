@@ -1,6 +1,7 @@
 """Image preprocessing: one specification, used by training, evaluation and export.
 
-Bytes of an image come in; uint8 crops (training) or normalised float batches (evaluation) go out.
+Decoded RGB arrays come in; uint8 crops, made in loader workers, and whole normalised batches go out (training), or the
+processor that evaluation and exported folders use.
 """
 
 from __future__ import annotations
@@ -9,8 +10,8 @@ import math
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
+from torch.nn.functional import interpolate
 from transformers import CLIPImageProcessorPil
 
 OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -30,31 +31,44 @@ def image_processor(image_size: int) -> CLIPImageProcessorPil:
     )
 
 
-def random_resized_crop(
-    image: Image.Image, size: int, scale: tuple[float, float], generator: np.random.Generator
-) -> np.ndarray:
-    """uint8 [3, size, size]: a crop of random area (`scale`) and ratio (3/4 to 4/3), bicubic (official LIFT training)."""
-    area = image.width * image.height
-    box: tuple[float, float, float, float] | None = None
+def crop_box(width: int, height: int, scale: tuple[float, float], generator: np.random.Generator) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) in pixels: random area (`scale`, a share of the image's) and ratio (3/4 to 4/3)."""
     for _ in range(10):
         ratio = math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
-        target = area * generator.uniform(*scale)
-        width, height = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
-        if 0 < width <= image.width and 0 < height <= image.height:
-            left = int(generator.integers(0, image.width - width + 1))
-            top = int(generator.integers(0, image.height - height + 1))
-            box = (left, top, left + width, top + height)
-            break
-    if box is None:  # no such crop fits: the largest centred square
-        side = min(image.width, image.height)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        box = (left, top, left + side, top + side)
-    resized = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return np.asarray(resized).transpose(2, 0, 1)
+        target = width * height * generator.uniform(*scale)
+        crop_width, crop_height = round(math.sqrt(target * ratio)), round(math.sqrt(target / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left = int(generator.integers(0, width - crop_width + 1))
+            top = int(generator.integers(0, height - crop_height + 1))
+            return left, top, left + crop_width, top + crop_height
+    side = min(width, height)  # no such crop fits: the largest centred square
+    left, top = (width - side) // 2, (height - side) // 2
+    return left, top, left + side, top + side
+
+
+def random_resized_crop(image_HW3: np.ndarray, size: int, scale: tuple[float, float], generator: np.random.Generator) -> Tensor:
+    """uint8 [size, size, 3]: a random crop, resized by antialiased bicubic (official LIFT training).
+
+    torch's uint8 kernel is 4 to 6 times faster than PIL and within 0.03 grey levels of it on average. It works channels-last,
+    and to stay so as far as the model saves two transpositions.
+    """
+    left, top, right, bottom = crop_box(image_HW3.shape[1], image_HW3.shape[0], scale, generator)
+    crop_13HW = torch.from_numpy(image_HW3[top:bottom, left:right])[None].permute(0, 3, 1, 2)
+    resized_13SS = interpolate(crop_13HW, (size, size), mode="bicubic", antialias=True)
+    return resized_13SS[0].permute(1, 2, 0).contiguous()
 
 
 def normalise(pixels_B3HW: Tensor) -> Tensor:
-    """uint8 0-255 to float32 with OpenAI CLIP mean and deviation, on the tensor's device."""
-    mean = torch.tensor(OPENAI_CLIP_MEAN, device=pixels_B3HW.device).view(3, 1, 1) * 255
-    std = torch.tensor(OPENAI_CLIP_STD, device=pixels_B3HW.device).view(3, 1, 1) * 255
-    return (pixels_B3HW.float() - mean) / std
+    """uint8 0-255 to float32 with OpenAI CLIP mean and deviation, on the tensor's device and in its memory format."""
+    device = pixels_B3HW.device
+    mean = torch.tensor(OPENAI_CLIP_MEAN, device=device).view(3, 1, 1) * 255
+    deviation = torch.tensor(OPENAI_CLIP_STD, device=device).view(3, 1, 1) * 255
+    if device.type != "cpu":
+        return torch.sub(pixels_B3HW, mean).div_(deviation)
+    # whole planes of constants, in the order of the pixels, let the passes run over long rows
+    mean, deviation = (torch.empty_like(pixels_B3HW[0], dtype=torch.float32).copy_(value) for value in (mean, deviation))
+    # NumPy asks the system for huge pages, which torch does not; small ones cost more than the arithmetic
+    normalised = torch.from_numpy(np.empty_like(pixels_B3HW.numpy(), dtype=np.float32))
+    for source_3HW, target_3HW in zip(pixels_B3HW, normalised, strict=True):  # image by image all passes stay in the cache
+        target_3HW.copy_(source_3HW).sub_(mean).div_(deviation)
+    return normalised

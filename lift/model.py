@@ -24,8 +24,8 @@ from transformers import (
 from lift.settings import ClipTextSettings, PretrainSettings, VisionSettings
 from lift.transforms import TextTransform
 
-CLIP_SCALE = 1 / 0.07
-SIGLIP_SCALE, SIGLIP_BIAS = 10.0, -10.0
+INITIAL_LOG_SCALE = math.log(1 / 0.07)
+SIGLIP_LOG_SCALE, SIGLIP_BIAS = math.log(10.0), -10.0
 
 Model = TypeVar("Model", "LiftModel", "ClipModel")
 
@@ -105,7 +105,7 @@ class LiftModel(nn.Module):
         self,
         config: CLIPVisionConfig,
         transform: TextTransform,
-        log_scale: float,
+        log_scale: float = INITIAL_LOG_SCALE,
         bias: float | None = None,
     ) -> None:
         super().__init__()
@@ -130,7 +130,7 @@ class LiftModel(nn.Module):
 class ClipModel(nn.Module):
     """The towers of transformers' CLIPModel, from scratch, trained jointly: the baseline."""
 
-    def __init__(self, config: CLIPVisionConfig, text_config: CLIPTextConfig, log_scale: float) -> None:
+    def __init__(self, config: CLIPVisionConfig, text_config: CLIPTextConfig, log_scale: float = INITIAL_LOG_SCALE) -> None:
         super().__init__()
         self.vision = CLIPVisionModel(config)
         self.head = nn.Linear(config.hidden_size, int(text_config.projection_dim or 0), bias=False)
@@ -171,7 +171,7 @@ def build_lift(settings: PretrainSettings, transform: TextTransform) -> LiftMode
     config = vision_config(settings.vision)
     torch.manual_seed(settings.seed)
     sigmoid = settings.objective == "sigmoid"
-    log_scale = math.log(settings.initial_logit_scale or (SIGLIP_SCALE if sigmoid else CLIP_SCALE))
+    log_scale = _initial_log_scale(settings, SIGLIP_LOG_SCALE if sigmoid else INITIAL_LOG_SCALE)
     model = LiftModel(config, transform, log_scale, SIGLIP_BIAS if sigmoid else None)
     if settings.objective == "cosine":
         model.log_scale.requires_grad_(False)
@@ -181,8 +181,12 @@ def build_lift(settings: PretrainSettings, transform: TextTransform) -> LiftMode
 def build_clip(settings: PretrainSettings, tokenizer: PreTrainedTokenizerBase) -> ClipModel:
     config = vision_config(settings.vision)
     torch.manual_seed(settings.seed)
-    log_scale = math.log(settings.initial_logit_scale or CLIP_SCALE)
+    log_scale = _initial_log_scale(settings, INITIAL_LOG_SCALE)
     return _with_options(ClipModel(config, clip_text_config(settings.clip_text, tokenizer), log_scale), settings)
+
+
+def _initial_log_scale(settings: PretrainSettings, default: float) -> float:
+    return default if settings.initial_logit_scale is None else math.log(settings.initial_logit_scale)
 
 
 def _with_options(model: Model, settings: PretrainSettings) -> Model:

@@ -95,7 +95,7 @@ class TrainingStep:
         if self.settings.objective == "cosine":
             return cosine_loss(image_BD, fixed.text_BD, valid_B)
         arguments: dict[str, Any] = {"negatives": fixed.negatives, "tile": self.settings.loss_tile}
-        if self.settings.objective == "sigmoid":
+        if bias_1 is not None:
             return sigmoid_loss(image_BD, fixed.gathered, log_scale_1, bias_1, valid_B, **arguments)
         return fixed_text_contrastive_loss(image_BD, fixed.gathered, log_scale_1, valid_B, **arguments)
 

@@ -174,7 +174,8 @@ def sha256_bytes(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def sha256_folder(path: Path) -> str:
-    """Hash over the relative names and contents of all files below `path`, independent of their order on disk."""
-    lines = [f"{file.relative_to(path).as_posix()} {sha256_file(file)}" for file in path.rglob("*") if file.is_file()]
+def sha256_folder(path: Path, leave_out: Path | None = None) -> str:
+    """Hash over the relative names and contents of all files below `path` but one, independent of their order on disk."""
+    files = [file for file in path.rglob("*") if file.is_file() and file != leave_out]
+    lines = [f"{file.relative_to(path).as_posix()} {sha256_file(file)}" for file in files]
     return sha256_text("\n".join(sorted(lines)))

@@ -51,7 +51,7 @@ def parse_settings(
     try:
         if merged:
             parser.set_defaults(_flatten(settings_class, merged))
-        namespace = parser.parse_args(rest)
+        namespace = parser.parse_args(_spell_out_flags(settings_class, rest))
         namespace.pop("config")
         values = parser.instantiate(namespace)
     except (Exception, SystemExit) as error:
@@ -199,6 +199,16 @@ def _from_string(nested: Any, option: str, value: str) -> dict[str, str]:
         raise UserError(f"--{option}: {error}") from error
     check_keys(nested, keys, f"--{option}")
     return keys
+
+
+def _spell_out_flags(settings_class: type, arguments: list[str]) -> list[str]:
+    """`--raw` to `--raw=true`: the parser wants a value after every option, people leave it out after a yes-or-no one."""
+    flags = {f"--{name}" for name, annotation in _field_types(settings_class).items() if annotation is bool}
+    spelt = []
+    for argument, following in zip(arguments, [*arguments, ""][1:], strict=True):
+        bare = argument in flags and following.lower() not in ("true", "false", "yes", "no")
+        spelt.append(f"{argument}=true" if bare else argument)
+    return spelt
 
 
 def _option_names(settings_class: type, prefix: str = "") -> list[str]:
