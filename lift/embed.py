@@ -1,79 +1,246 @@
-"""`lift embed`: captions of a data source in, an embedding store out. Runs once, before any image is looked at."""
+"""`lift embed`: captions of a data source or a plain list in, an embedding store out. Runs once, before any image is looked at.
+
+The shard is the unit of work: `embed_shard` embeds one and writes its file, or checks the file that an earlier run wrote.
+An engine calls it for every shard, in this process or on a Ray cluster; the driver keeps lock, drop ledger and manifest.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 from tqdm import tqdm
 
+from lift.captions import read_captions
 from lift.common.errors import UserError
+from lift.common.files import locked_folder, sweep
 from lift.common.ledger import DropLedger
 from lift.settings import EmbedSettings, TextEncoderSettings
-from lift.sources import Shard, read_sources
-from lift.store import EmbeddingStore, StoreWriter, storable
-from lift.text_encoders import describe_text_encoder, load_text_encoder
+from lift.sources import read_sources
+from lift.store import EmbeddingStore, StoreDtype, StoreWriter, storable, text_hash
+from lift.store.shard_file import Drop, ShardFile, read_shard_file
+from lift.text_encoders import TextEncoder, describe_text_encoder, load_text_encoder
+
+
+class CaptionShard(Protocol):
+    """A unit of work. It can be pickled: on a cluster it is read where it is embedded."""
+
+    @property
+    def name(self) -> str: ...
+
+    def keyed_captions(self) -> list[tuple[str, str]]:
+        """(caption key, caption). The key is `KEY#POSITION` where a sample may have several captions."""
+        ...
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What became of a shard."""
+
+    name: str
+    samples: int
+    dropped: list[Drop]
+    """Samples of which a caption has no row, because its embedding cannot be stored."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A loaded text encoder, or several, and how shards get to it."""
+
+    dimension: int
+    run: Callable[[Sequence[CaptionShard], StoreWriter], Iterator[ShardReport]]
+    """Applies `embed_shard` to all shards; the reports come in any order."""
+
+
+OpenEngine = Callable[[TextEncoderSettings], AbstractContextManager[Engine]]
 
 
 def embed(settings: EmbedSettings) -> None:
-    """Embeds every caption of every source, shard by shard; finished shards of an earlier, interrupted run are kept."""
+    """Embeds every caption of every source, shard by shard; finished shards of an earlier, interrupted run are kept.
+
+    Raises:
+        UserError: as `read_sources`, `read_captions` and `embed_shards`, or a finished store that holds other captions.
+    """
     ledger = DropLedger()
-    shards = read_sources(settings.data, ledger)
-    total = sum(len(shard.samples) for shard in shards) + len(ledger)
-    embed_shards(shards, settings.text_encoder, settings.out, ledger, settings.max_drop_fraction)
-    print(f"{settings.out}: {len(EmbeddingStore(settings.out))} embeddings; {ledger.summary(total)}")
+    shards = _read_shards(settings, ledger)
+    if is_store_of(settings.out, shards, settings.text_encoder, settings.dtype):
+        store = EmbeddingStore(settings.out)
+        bar = tqdm(shards, desc="check embeddings", unit="shard")
+        files = (read_shard_file(settings.out / f"{shard.name}.arrow", store.dimension, store.dtype) for shard in shards)
+        total = _account((_check_shard(shard, file, settings.out) for shard, file in zip(bar, files, strict=True)), ledger)
+        print(f"{settings.out}: embeddings are complete, reused")
+    else:
+        total = _embed_missing(
+            shards, settings.text_encoder, settings.out, ledger, settings.max_drop_fraction, settings.dtype, _engine(settings)
+        )
+    print(f"{settings.out}: {EmbeddingStore(settings.out).summary()}; {ledger.summary(total)}")
+
+
+def _read_shards(settings: EmbedSettings, ledger: DropLedger) -> Sequence[CaptionShard]:
+    if settings.captions is None:
+        return read_sources(settings.data, ledger)
+    assert settings.captions_format is not None
+    return read_captions(settings.captions, settings.captions_format, settings.shard_size, ledger)
+
+
+def _engine(settings: EmbedSettings) -> OpenEngine:
+    if settings.engine == "local":
+        return local_engine
+    try:
+        from lift.ray_engine import ray_engine
+    except ModuleNotFoundError as error:
+        if error.name != "ray":
+            raise
+        raise UserError("engine ray: the package ray is not installed. Run: pip install 'lift-toolkit[ray]'") from error
+    return partial(ray_engine, workers=settings.workers, address=settings.ray_address, gpus_per_worker=settings.gpus_per_worker)
 
 
 def embed_shards(
-    shards: list[Shard], text_encoder: TextEncoderSettings, out: Path, ledger: DropLedger, max_drop_fraction: float
+    shards: Sequence[CaptionShard], text_encoder: TextEncoderSettings, out: Path, ledger: DropLedger, max_drop_fraction: float
 ) -> None:
-    """Writes the shards that are missing, then the manifest. A caption whose embedding is not finite goes to the ledger.
+    """Makes the store of these shards in this process, as float16, unless it is there, of whatever storage type.
 
     Raises:
-        UserError: the store was made by another encoder or of other data, or more samples are lost than allowed; then there
-            is no manifest, and the next call looks at the finished shards again.
+        UserError: the store was made by another encoder or of other data, another job is writing it, or more samples are lost
+            than allowed; then there is no manifest, and the next call looks at the finished shards again.
     """
-    total = sum(len(shard.samples) for shard in shards) + len(ledger)
     if is_store_of(out, shards, text_encoder):
         print(f"{out}: embeddings are complete, reused")
-        return
+    else:
+        _embed_missing(shards, text_encoder, out, ledger, max_drop_fraction, "float16", local_engine)
+
+
+@contextmanager
+def local_engine(text_encoder: TextEncoderSettings) -> Iterator[Engine]:
+    """One encoder in this process."""
     encoder = load_text_encoder(text_encoder)
-    writer = StoreWriter(out, describe_text_encoder(text_encoder), encoder.dimension)
-    for shard in tqdm(shards, desc="embed captions", unit="shard"):
-        if writer.has(shard.name):
-            continue
-        keyed = [(key, caption) for sample in shard.samples for key, caption in sample.captions.items()]
-        embeddings = encoder.encode([caption for _, caption in keyed], progress=shard.name)
-        finite = storable(embeddings, writer.dtype)
-        kept = [pair for pair, ok in zip(keyed, finite, strict=True) if ok]
-        writer.write_shard(shard.name, [k for k, _ in kept], [c for _, c in kept], embeddings[finite])
-    # Told from the files, so that shards of an interrupted run are counted too.
-    for shard in shards:
-        embedded = set(writer.keys(shard.name))
-        for sample in shard.samples:
-            if lost := sample.captions.keys() - embedded:
-                ledger.drop(sample.key, "embedding not finite", ", ".join(sorted(lost)))
-    ledger.check(total, max_drop_fraction, out / "dropped.jsonl")
-    writer.finish([shard.name for shard in shards])
+    yield Engine(
+        encoder.dimension, lambda shards, writer: (embed_shard(shard, encoder, writer, shard.name) for shard in shards)
+    )
 
 
-def is_store_of(folder: Path, shards: list[Shard], text_encoder: TextEncoderSettings) -> bool:
-    """True when `folder` holds a finished store of these shards made by this encoder.
+def _embed_missing(
+    shards: Sequence[CaptionShard],
+    text_encoder: TextEncoderSettings,
+    out: Path,
+    ledger: DropLedger,
+    max_drop_fraction: float,
+    dtype: StoreDtype,
+    open_engine: OpenEngine,
+) -> int:
+    """Writes the shards that are missing, then the manifest; returns the number of samples."""
+    with locked_folder(out):
+        names = [shard.name for shard in shards]
+        foreign = sorted({path.stem for path in out.glob("*.arrow")} - set(names))
+        if foreign:
+            raise UserError(
+                f"{out}: holds the shard {foreign[0]}, which is not of this data. Choose another folder, or delete this one."
+            )
+        description = describe_text_encoder(text_encoder)
+        with open_engine(text_encoder) as engine:
+            writer = StoreWriter(out, description, engine.dimension, dtype)
+            reports = engine.run(shards, writer)
+            total = _account(tqdm(reports, total=len(shards), desc="embed captions", unit="shard"), ledger)
+        sweep(out)
+        ledger.check(total, max_drop_fraction, out / "dropped.jsonl")
+        writer.finish(names)
+    return total
+
+
+def embed_shard(shard: CaptionShard, encoder: TextEncoder, writer: StoreWriter, progress: str | None = None) -> ShardReport:
+    """Embeds the captions in one call of the encoder and writes the shard's file; a file that is there is checked instead.
+
+    A caption whose embedding cannot be stored is left out and reported.
+    """
+    if writer.has(shard.name):
+        return _check_shard(shard, writer.read(shard.name), writer.folder)
+    keyed = shard.keyed_captions()
+    encoded = encoder.encode_counted([caption for _, caption in keyed], progress)
+    fits = storable(encoded.embeddings, writer.dtype)
+    lost: dict[str, list[str]] = {}
+    for number in np.flatnonzero(~fits):
+        lost.setdefault(_sample_of(keyed[number][0]), []).append(keyed[number][0])
+    dropped = [(sample, "embedding not finite", ", ".join(keys)) for sample, keys in lost.items()]
+    kept = [keyed[number] for number in np.flatnonzero(fits)]
+    writer.write_shard(
+        shard.name,
+        [key for key, _ in kept],
+        [caption for _, caption in kept],
+        encoded.embeddings[fits],
+        encoded.truncated,
+        dropped,
+    )
+    return ShardReport(shard.name, _count_samples(keyed), dropped)
+
+
+def _check_shard(shard: CaptionShard, stored: ShardFile, store: Path) -> ShardReport:
+    """The report on a shard that an earlier run wrote.
 
     Raises:
-        UserError: a finished store made by another encoder, or of other shards.
+        UserError: the file was not made of the captions that the shard has now.
+    """
+    keyed = shard.keyed_captions()
+    hashes = dict(zip(stored.keys.to_pylist(), stored.caption_hashes.tolist(), strict=True))
+    dropped = {key for key, _, _ in stored.statistics.dropped}
+    for key, caption in keyed:
+        found = hashes.pop(key, None)
+        if found != text_hash(caption) and (found is not None or _sample_of(key) not in dropped):
+            raise _other_captions(store, shard, key)
+    if hashes:
+        raise _other_captions(store, shard, next(iter(hashes)))
+    return ShardReport(shard.name, _count_samples(keyed), stored.statistics.dropped)
+
+
+def _other_captions(store: Path, shard: CaptionShard, key: str) -> UserError:
+    return UserError(
+        f"{store / shard.name}.arrow: the caption '{key}' is not what was embedded; the data has changed since. Choose another "
+        "folder for the store, or delete this one."
+    )
+
+
+def _count_samples(keyed: list[tuple[str, str]]) -> int:
+    return len({_sample_of(key) for key, _ in keyed})
+
+
+def _sample_of(caption_key: str) -> str:
+    return caption_key.rpartition("#")[0] or caption_key
+
+
+def _account(reports: Iterable[ShardReport], ledger: DropLedger) -> int:
+    """Fills the ledger; returns the number of samples, those that the ledger had before included."""
+    total = len(ledger)
+    for report in reports:
+        total += report.samples
+        for drop in report.dropped:
+            ledger.drop(*drop)
+    return total
+
+
+def is_store_of(
+    folder: Path, shards: Sequence[CaptionShard], text_encoder: TextEncoderSettings, dtype: StoreDtype | None = None
+) -> bool:
+    """True when `folder` holds a finished store of these shards made by this encoder, stored as `dtype` where that is given.
+
+    Raises:
+        UserError: a finished store made by another encoder, with another storage type, or of other shards.
     """
     if not (folder / "manifest.json").is_file():
         return False
-    store = EmbeddingStore(folder)
-    wanted = describe_text_encoder(text_encoder)
-    different = [key for key in wanted if store.manifest["encoder"].get(key) != wanted[key]]
+    manifest = EmbeddingStore(folder).manifest
+    wanted = describe_text_encoder(text_encoder) | ({"dtype": dtype} if dtype else {})
+    found = manifest["encoder"] | {"dtype": manifest["dtype"]}
+    different = [key for key in wanted if found.get(key) != wanted[key]]
     if different:
-        found = {key: store.manifest["encoder"].get(key) for key in different}
         raise UserError(
-            f"{folder}: the embedding store was made with {found}, but this run asks for "
-            f"{ {key: wanted[key] for key in different} }. Give another folder (--embeddings), or the encoder of the store."
+            f"{folder}: the embedding store was made with { {key: found.get(key) for key in different} }, but this run asks "
+            f"for { {key: wanted[key] for key in different} }. Give another folder, or the settings of the store."
         )
-    missing = {shard.name for shard in shards} - {entry["name"] for entry in store.manifest["shards"]}
+    missing = {shard.name for shard in shards} - {entry["name"] for entry in manifest["shards"]}
     if missing:
         raise UserError(f"{folder}: the embedding store has no shard {sorted(missing)[0]}; it was made from other data.")
     return True

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal, get_args, get_type_hints
 
 
 @dataclass(kw_only=True)
@@ -41,6 +42,16 @@ class SourceSettings:
             raise ValueError(f"data.images: a source of kind {self.kind} needs the folder of its images")
         if self.caption_fields and self.kind in ("coco_captions", "llava_json"):
             raise ValueError(f"data.caption_fields: a source of kind {self.kind} has its captions in one place only")
+
+    @classmethod
+    def from_string(cls, text: str) -> dict[str, str]:
+        """KIND:PATH[,KEY=VALUE...], as in webdataset:tars or coco_captions:coco.json,images=photos,name=coco; repeatable."""
+        kinds = get_args(get_type_hints(cls)["kind"])
+        kind, _, rest = text.partition(":")
+        path, *pairs = re.split(r",(?=\w+=)", rest)
+        if kind not in kinds or not path:
+            raise ValueError(f"expected KIND:PATH with one of the kinds {', '.join(kinds)}, found '{text}'")
+        return {"kind": kind, "path": path} | dict(pair.split("=", 1) for pair in pairs)
 
 
 @dataclass(kw_only=True)
@@ -79,19 +90,60 @@ class TextEncoderSettings:
             if value is not None and value <= 0:
                 raise ValueError(f"text_encoder.{name}: expected a positive number, found {value}")
 
+    @classmethod
+    def from_string(cls, text: str) -> dict[str, str]:
+        """the folder or hub name of a model."""
+        return {"path": text}
+
 
 @dataclass(kw_only=True)
 class EmbedSettings:
-    """Embed the captions of a data source once, with a frozen text encoder."""
+    """Embed captions once, with a frozen text encoder.
 
-    data: list[SourceSettings]
-    """Where the captions come from."""
+    Stopped at any moment and started again by the same command, it goes on with the first unfinished shard.
+    """
+
+    aliases: ClassVar[dict[str, str]] = {"instruction": "text_encoder.prompt", "max_length": "text_encoder.max_length"}
+
     out: Path
     """Folder of the embedding store."""
+    data: list[SourceSettings] = field(default_factory=list)
+    """Where the captions come from; or `captions`."""
+    captions: Path | None = None
+    """Plain list of captions instead of `data`."""
+    captions_format: Literal["lines", "jsonl"] | None = None
+    """lines: one caption a line, keyed captions/LINE_NUMBER; jsonl: objects with `key` and `caption`. By the suffix when left
+    out: .txt is lines, .jsonl is jsonl."""
+    shard_size: int = 100_000
+    """Lines of `captions` in one shard, the unit that is redone after a kill."""
     text_encoder: TextEncoderSettings = field(default_factory=TextEncoderSettings)
     """The text encoder."""
+    dtype: Literal["float16", "int8"] = "float16"
+    """How embeddings are stored."""
+    engine: Literal["local", "ray"] = "local"
+    """local: in this process; ray: shards spread over the workers of a Ray cluster, which share the folder `out`."""
+    workers: int = 1
+    """Ray workers, each with the model in memory."""
+    ray_address: str = "local"
+    """local: a cluster of this machine alone, for this run; auto: the running cluster; or its address (HOST:PORT)."""
+    gpus_per_worker: float | None = None
+    """GPUs that each Ray worker reserves; one where the cluster has any, when left out."""
     max_drop_fraction: float = 0.01
     """The run fails when a larger share of samples cannot be used."""
+
+    def __post_init__(self) -> None:
+        if bool(self.data) == (self.captions is not None):
+            raise ValueError("expected either data or captions: --data KIND:PATH, or --captions FILE")
+        for name in ("shard_size", "workers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.engine == "local" and self.workers > 1:
+            raise ValueError(f"workers: {self.workers} workers need --engine ray; local is one process")
+        if self.captions is not None and self.captions_format is None:
+            formats: dict[str, Literal["lines", "jsonl"]] = {".txt": "lines", ".jsonl": "jsonl"}
+            if self.captions.suffix not in formats:
+                raise ValueError(f"captions: the suffix of {self.captions.name} tells no format. Give captions_format")
+            self.captions_format = formats[self.captions.suffix]
 
 
 @dataclass(kw_only=True)

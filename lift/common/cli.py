@@ -15,7 +15,7 @@ from typing import Any
 from lift.common.errors import PREEMPTED_STATUS, Preempted, UserError
 from lift.common.settings import nearest, parse_settings
 
-FAULTS_OF_THE_MACHINE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS})
+FAULTS_OF_THE_MACHINE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS})
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import glob
 import hashlib
 import json
@@ -15,6 +16,7 @@ from typing import Any
 from lift.common.errors import UserError
 
 WORK_SUFFIX = ".partial"
+LOCK_FILE = ".lock"
 
 
 @contextmanager
@@ -29,6 +31,31 @@ def atomic_file(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked_folder(path: Path) -> Iterator[None]:
+    """Keeps `path` (made when it is not there) for this process alone, and sweeps what killed writers of files left in it.
+
+    The lock goes with the process, however that ends. Its empty file stays: the folder looks the same after a kill.
+
+    Raises:
+        UserError: another process, on any machine that shares the file system, holds the folder.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / LOCK_FILE).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{path}: another job is writing there. Wait for its end, or choose another folder.") from error
+        sweep(path)
+        yield
+
+
+def sweep(path: Path) -> None:
+    """Removes unfinished files in `path`; only for the one who holds the folder, with no writer at work."""
+    for left in path.glob(f"*{WORK_SUFFIX}"):
+        left.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -1,16 +1,20 @@
 """Settings are dataclasses filled from YAML files and the command line by jsonargparse.
 
 YAML strings may hold `${NAME}` or `${NAME:-default}` for environment variables, so that no recipe contains a machine's
-paths. Unknown keys are errors that name the nearest valid key.
+paths. Unknown keys are errors that name the nearest valid key. On the command line dashes may stand for underscores, a
+dataclass may declare short names of nested keys (`aliases: ClassVar[dict[str, str]]`), and a field whose type has a
+classmethod `from_string` takes a plain string; `from_string` returns the keys that the string stands for.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import os
 import re
 import typing
+from collections import deque
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,11 +40,11 @@ def parse_settings(
     Raises:
         UserError: unreadable file, unknown key, value of the wrong type, missing key.
     """
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser = ArgumentParser(prog=prog, description=description, epilog=_short_forms(settings_class), exit_on_error=False)
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file with settings; repeatable")
     parser.add_class_arguments(settings_class, as_group=False, as_positional=positional, sub_configs=False)
     files, rest = _split_config_files(arguments)
-    _check_option_names(settings_class, rest)
+    rest = _write_out(settings_class, rest)
     merged: dict[str, Any] = {}
     for file in files:
         merged = _merge(merged, load_yaml(Path(file), settings_class))
@@ -124,13 +128,77 @@ def _split_config_files(arguments: list[str]) -> tuple[list[str], list[str]]:
     return files, rest
 
 
-def _check_option_names(settings_class: type, arguments: list[str]) -> None:
-    valid = [*_option_names(settings_class), "help"]
-    for argument in arguments:
-        if argument.startswith("--"):
-            name = argument[2:].partition("=")[0].removesuffix("+").removesuffix(".help")
-            if name not in valid:
-                raise UserError(f"unknown option '--{name}'. {nearest(name, valid)}")
+def _short_forms(settings_class: type) -> str:
+    """What `--help` says of the forms that only the command line has."""
+    fields = _field_types(settings_class).items()
+    strings = [(name, getattr(_dataclass_in(annotation), "from_string", None)) for name, annotation in fields]
+    sentences = [f"--{name} takes {' '.join(read.__doc__.split())}" for name, read in strings if read is not None]
+    short = [f"--{alias} for --{name}" for alias, name in getattr(settings_class, "aliases", {}).items()]
+    return " ".join([*sentences, f"Short names: {', '.join(short)}." if short else "", "Dashes may stand for underscores."])
+
+
+def _write_out(settings_class: type, arguments: list[str]) -> list[str]:
+    """The arguments as the parser knows them: full names with underscores, values after `=`, strings written out as keys.
+
+    A switch without a value is true. Lists of dataclasses append when an option is repeated.
+
+    Raises:
+        UserError: an option or a key that does not exist, or a string that `from_string` refuses.
+    """
+    aliases = getattr(settings_class, "aliases", {})
+    valid = [*_option_names(settings_class), *aliases, "help"]
+    written: list[str] = []
+    lists: set[str] = set()
+    waiting = deque(arguments)
+    while waiting:
+        argument = waiting.popleft()
+        if not argument.startswith("--"):
+            written.append(argument)
+            continue
+        option, equals, value = argument[2:].partition("=")
+        name, plus = option.removesuffix("+").replace("-", "_"), "+" * option.endswith("+")
+        if name.removesuffix(".help") not in valid:
+            raise UserError(f"unknown option '--{option}'. {nearest(name, valid)}")
+        name = aliases.get(name, name)
+        annotation = _type_of(settings_class, name)
+        if not equals and annotation is bool and (not waiting or waiting[0].lower() not in ("true", "false")):
+            equals, value = "=", "true"
+        elif not equals and annotation is not None and waiting and not waiting[0].startswith("--"):
+            equals, value = "=", waiting.popleft()
+        nested = _dataclass_in(annotation)
+        if not equals or nested is None:
+            written.append(f"--{name}{plus}{equals}{value}")
+        elif typing.get_origin(annotation) is list:
+            written.append(f"--{name}{'+' if name in lists else plus}={_keys_of(nested, option, value)}")
+            lists.add(name)
+        elif hasattr(nested, "from_string") and value[:1] != "{" and value != "null":
+            written += [f"--{name}.{key}={item}" for key, item in _from_string(nested, option, value).items()]
+        else:
+            written.append(f"--{name}={value}")
+    return written
+
+
+def _keys_of(nested: type, option: str, value: str) -> str:
+    """The list of dataclasses that `value` gives: JSON or YAML of one or of a list, or a string that stands for one."""
+    if hasattr(nested, "from_string") and value[:1] not in ("[", "{"):
+        return json.dumps([_from_string(nested, option, value)])
+    try:
+        items = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--{option}: not valid JSON: {' '.join(str(error).split())}") from error
+    for item in items if isinstance(items, list) else [items]:
+        if isinstance(item, dict):
+            check_keys(nested, item, f"--{option}")
+    return value if isinstance(items, list) else f"[{value}]"
+
+
+def _from_string(nested: Any, option: str, value: str) -> dict[str, str]:
+    try:
+        keys = nested.from_string(value)
+    except ValueError as error:
+        raise UserError(f"--{option}: {error}") from error
+    check_keys(nested, keys, f"--{option}")
+    return keys
 
 
 def _spell_out_flags(settings_class: type, arguments: list[str]) -> list[str]:
@@ -156,6 +224,14 @@ def _option_names(settings_class: type, prefix: str = "") -> list[str]:
 def _field_types(settings_class: type) -> dict[str, Any]:
     hints = typing.get_type_hints(settings_class)
     return {field.name: hints[field.name] for field in dataclasses.fields(settings_class)}  # type: ignore[arg-type]
+
+
+def _type_of(settings_class: type, name: str) -> Any:
+    """The annotation of the field with the dotted name, None when there is none (`help`)."""
+    first, _, rest = name.partition(".")
+    annotation = _field_types(settings_class).get(first)
+    nested = _dataclass_in(annotation)
+    return _type_of(nested, rest) if rest and nested is not None else annotation if not rest else None
 
 
 def _dataclass_in(annotation: Any) -> type | None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from lift.common.errors import UserError
 from lift.common.settings import parse_settings, save_settings
-from lift.settings import PretrainSettings
+from lift.settings import EmbedSettings, PretrainSettings, SourceSettings
 
 RECIPE = (
     "data:\n- {kind: webdataset, path: '${PAIRS:-nowhere}'}\nout: run\nvision: {width: 64, heads: 4}\nlearning_rate: 1e-4\n"
@@ -80,3 +82,108 @@ def test_each_fault_is_one_message(tmp_path: Path, content: str, arguments: list
 def test_missing_config_file() -> None:
     with pytest.raises(UserError, match="no such file"):
         parse("--config", "nowhere.yaml")
+
+
+def parse_embed(*arguments: str) -> EmbedSettings:
+    return parse_settings(EmbedSettings, list(arguments), "lift embed", "")
+
+
+def test_short_forms_of_the_command_line_equal_the_long_ones(recipe: Path) -> None:
+    short = parse_embed(
+        *("--data", "webdataset:s3://bucket/{00..10}.tar", "--data=coco_captions:a,b.json,images=photos,name=coco"),
+        *(
+            "--text-encoder",
+            "models/llm",
+            "--text_encoder.kind",
+            "causal_lm",
+            "--instruction",
+            "Embed: a=b",
+            "--max-length",
+            "40",
+        ),
+        *("--out", "store", "--max-drop-fraction=0.5"),
+    )
+    sources = [
+        {"kind": "webdataset", "path": "s3://bucket/{00..10}.tar"},
+        {"kind": "coco_captions", "path": "a,b.json", "images": "photos", "name": "coco"},
+    ]
+    encoder = {"kind": "causal_lm", "path": "models/llm", "prompt": "Embed: a=b", "max_length": 40}
+    nested = [f"--text_encoder.{key}={value}" for key, value in encoder.items()]
+    assert short == parse_embed("--data", json.dumps(sources), *nested, "--out", "store", "--max_drop_fraction", "0.5")
+    assert short == parse_embed(
+        *("--data", json.dumps(sources[0]), "--data", json.dumps([sources[1]])),
+        *("--text_encoder", json.dumps(encoder), "--out", "store", "--max_drop_fraction", "0.5"),
+    )
+    assert short.data[1] == SourceSettings(kind="coco_captions", path="a,b.json", images="photos", name="coco")
+
+
+def test_sources_on_the_command_line_take_the_place_of_the_files_or_with_plus_join_them(recipe: Path) -> None:
+    def names(*arguments: str) -> list[str]:
+        return [str(source.path) for source in parse("--config", str(recipe), *arguments).data]
+
+    assert names("--data", "webdataset:a", "--data", "webdataset:b") == ["a", "b"]
+    assert names("--data+", "webdataset:a", "--data+=webdataset:b") == ["nowhere", "a", "b"]
+
+
+def test_text_encoder_as_a_string_sets_its_path_alone(tmp_path: Path) -> None:
+    path = tmp_path / "embed.yaml"
+    path.write_text("captions: list.txt\nout: store\ntext_encoder: {kind: causal_lm, path: a, pooling: last}\n")
+    settings = parse_embed("--config", str(path), "--text-encoder", "b")
+    assert (settings.text_encoder.path, settings.text_encoder.kind, settings.text_encoder.pooling) == ("b", "causal_lm", "last")
+
+
+@dataclass
+class Switches:
+    """Settings of a command with a switch."""
+
+    name: str
+    be_quick: bool = False
+
+
+def test_a_switch_needs_no_value_and_leaves_what_follows_alone() -> None:
+    def parsed(*arguments: str) -> Switches:
+        return parse_settings(Switches, list(arguments), "test", "", positional=True)
+
+    for on in (["a", "--be-quick"], ["--be_quick", "a"], ["--be-quick", "true", "a"], ["a", "--be-quick=true"]):
+        assert parsed(*on) == Switches("a", be_quick=True)
+    assert parsed("--be-quick", "false", "a") == Switches("a", be_quick=False)
+
+
+def test_help_tells_the_short_forms(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_embed("--help")
+    assert caught.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--data takes KIND:PATH[,KEY=VALUE...]" in text
+    assert "--text_encoder takes the folder or hub name of a model." in text
+    assert "--max_length for --text_encoder.max_length" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "some/folder"], "--data: expected KIND:PATH with one of the kinds webdataset, official_lift"),
+        (["--data", "webdatset:a"], "found 'webdatset:a'"),
+        (["--data", "webdataset:"], "found 'webdataset:'"),
+        (["--data", "coco_captions:a.json"], "a source of kind coco_captions needs the folder of its images"),
+        (["--data", "coco_captions:a.json,image=b"], "--data: unknown key 'image'. Did you mean 'images'?"),
+        (["--data", '[{"kind": "webdataset", "pth": "a"}]'], "--data: unknown key 'pth'. Did you mean 'path'?"),
+        (["--data", "[{"], "--data: not valid JSON"),
+        (["--data", "webdataset:a", "--max-lenght", "3"], "unknown option '--max-lenght'. Did you mean 'max_length'?"),
+        (
+            ["--data", "webdataset:a", "--text-encoder", "b", "--text_encoder.kind", "minilm"],
+            "kind minilm takes no path, found b",
+        ),
+        (["--data", "webdataset:a", "--captions", "b.txt"], "expected either data or captions"),
+        ([], "expected either data or captions"),
+        (["--captions", "b.csv"], "the suffix of b.csv tells no format. Give captions_format"),
+        (["--captions", "b.txt", "--shard-size", "0"], "shard_size: expected at least 1, found 0"),
+        (["--captions", "b.txt", "--workers", "2"], "workers: 2 workers need --engine ray"),
+        (["--captions", "b.txt", "--instruction"], "text_encoder.prompt: expected one argument"),
+    ],
+)
+def test_each_fault_of_the_command_line_is_one_message(arguments: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_embed("--out", "store", *arguments)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

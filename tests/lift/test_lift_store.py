@@ -17,7 +17,7 @@ from lift.embed import embed, embed_shards
 from lift.settings import EmbedSettings, SourceSettings, TextEncoderSettings
 from lift.sources import read_sources
 from lift.store import EmbeddingStore, StoreWriter, storable, text_hashes
-from lift.text_encoders import load_text_encoder
+from lift.text_encoders import Encoded, load_text_encoder
 
 DIMENSION = 40
 VALUES = np.random.default_rng(0).normal(size=(60, DIMENSION)).astype(np.float32)
@@ -260,10 +260,10 @@ def test_embeddings_that_are_not_finite_are_counted_and_fail_the_store_again_and
     class Encoder:
         dimension = 4
 
-        def encode(self, captions: list[str], progress: str | None = None) -> np.ndarray:
+        def encode_counted(self, captions: list[str], progress: str | None = None) -> Encoded:
             values = np.ones((len(captions), 4), np.float32)
             values[[i for i, caption in enumerate(captions) if "000000005" in caption]] = np.nan
-            return values
+            return Encoded(values, truncated=0)
 
     monkeypatch.setattr("lift.embed.load_text_encoder", lambda settings: Encoder())
     source = SourceSettings(kind="webdataset", path=pairs)
