@@ -95,7 +95,7 @@ def read_pairs(folder: Path) -> tuple[list[Pair], str]:
         UserError: no tar, an unreadable tar, a key without image or caption, no pair.
     """
     ledger = DropLedger()
-    shards = read_sources([SourceSettings(kind="webdataset", path=folder, name=folder.name)], ledger)
+    shards = read_sources([SourceSettings(kind="webdataset", path=str(folder), name=folder.name)], ledger)
     if len(ledger):
         key, cause, _ = ledger.rows()[0]
         raise UserError(f"{folder}: key {key}: {cause}. Two encoders are comparable only on the same pairs; mend or remove it.")

@@ -5,9 +5,17 @@ from __future__ import annotations
 import sys
 
 from lift.common.cli import Command, run_command
-from lift.settings import EmbedSettings, ExportSettings, ImportEmbeddingsSettings, PretrainSettings, TransformSettings
+from lift.settings import (
+    CheckDataSettings,
+    EmbedSettings,
+    ExportSettings,
+    ImportEmbeddingsSettings,
+    PretrainSettings,
+    TransformSettings,
+)
 
 COMMANDS = {
+    "check-data": Command(CheckDataSettings, "lift.check_data:check_data"),
     "embed": Command(EmbedSettings, "lift.embed:embed"),
     "import-embeddings": Command(ImportEmbeddingsSettings, "lift.import_embeddings:import_embeddings"),
     "transform": Command(TransformSettings, "lift.transforms:fit_transform", positional=True),

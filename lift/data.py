@@ -1,6 +1,6 @@
 """Training batches: samples and their text side in, batches of this process's share of the global order out.
 
-The crop and the choice of caption are seeded by (seed, epoch, sample), so a batch is the same whoever loads it.
+The crop and the choice of caption are seeded by (seed, epoch, item), so a batch is the same whoever loads it.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ from lift.common.images import ImageFault, decode_image
 from lift.images import random_resized_crop
 from lift.order import batch_positions
 from lift.settings import PretrainSettings
-from lift.sources import Sample
+from lift.sources import Samples
+from lift.sources.samples import read_images
 
 
 class TextSide(Protocol):
-    """The text side of batches."""
+    """The text side of batches. Captions are numbered over all samples in their order."""
 
-    def __call__(self, caption_keys: list[str], captions: list[str]) -> dict[str, Tensor]:
-        """The tensors of a batch; what stands for an unusable caption is arbitrary."""
+    def __call__(self, step: int, caption_numbers: np.ndarray, keys: list[str], captions: list[str]) -> dict[str, Tensor]:
+        """The tensors of a batch of `step`; what stands for an unusable caption is arbitrary."""
         ...
 
-    def is_usable(self, caption_key: str) -> bool: ...
+    def is_usable(self, caption_numbers: np.ndarray) -> np.ndarray:
+        """bool, one for each."""
+        ...
 
 
 @dataclass
@@ -47,69 +50,98 @@ class Batch:
         return Batch(self.pixels_B3HW.pin_memory(), text, self.valid_B.pin_memory(), self.keys, self.faults)
 
 
-class PairDataset(Dataset):
-    """Item (epoch, index): the crop of the image and the caption that this epoch uses."""
+class Pairs:
+    """What an epoch goes through: every image once with one of its captions, or every caption once with its image."""
 
-    def __init__(self, samples: list[Sample], settings: PretrainSettings) -> None:
-        self.samples = samples
-        self.settings = settings
+    def __init__(self, samples: Samples, settings: PretrainSettings) -> None:
+        self.samples, self.captions, self.seed = samples, settings.captions, settings.seed
+        counts = np.concatenate([shard.caption_counts() for shard in samples.shards])
+        self.caption_starts = np.concatenate([[0], np.cumsum(counts)])
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return int(self.caption_starts[-1]) if self.captions == "all" else len(self.samples)
 
-    def caption_of(self, epoch: int, index: int) -> tuple[str, str]:
-        """(caption key, caption)."""
-        captions = list(self.samples[index].captions.items())
-        if self.settings.captions == "first":
-            return captions[0]
-        return captions[int(np.random.default_rng([self.settings.seed, epoch, index, 1]).integers(len(captions)))]
+    def sample_of(self, item: int) -> int:
+        """Number of the sample that an item of an epoch shows."""
+        return int(np.searchsorted(self.caption_starts, item, side="right")) - 1 if self.captions == "all" else item
 
-    def __getitem__(self, place: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = place
-        sample, size = self.samples[index], self.settings.vision.image_size
-        caption_key, caption = self.caption_of(epoch, index)
-        item = {"key": sample.key, "caption_key": caption_key, "caption": caption, "fault": None}
+    def caption_of(self, epoch: int, item: int) -> int:
+        """Number of the caption that goes with it."""
+        if self.captions == "all":
+            return item
+        first, stop = (int(start) for start in self.caption_starts[item : item + 2])
+        if self.captions == "first":
+            return first
+        return first + int(np.random.default_rng([self.seed, epoch, item, 1]).integers(stop - first))
+
+
+class PairDataset(Dataset):
+    """Batches of (step, epoch, item): the crop of the image and the caption that this epoch uses."""
+
+    def __init__(self, pairs: Pairs, settings: PretrainSettings) -> None:
+        self.pairs, self.settings = pairs, settings
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitems__(self, places: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
+        """All items of a batch at once, so that remote images are asked for together."""
+        samples = [self.pairs.samples[self.pairs.sample_of(item)] for _, _, item in places]
+        contents = read_images([sample.image for sample in samples])
+        return [self._item(*row) for row in zip(places, samples, contents, strict=True)]
+
+    def _item(self, place: tuple[int, int, int], sample: Any, content: bytes | OSError) -> dict[str, Any]:
+        step, epoch, number = place
+        size = self.settings.vision.image_size
+        caption = self.pairs.caption_of(epoch, number)
+        texts = list(sample.captions.values())
+        text = texts[caption - int(self.pairs.caption_starts[self.pairs.sample_of(number)])]
+        item = {"step": step, "key": sample.key, "caption_number": caption, "caption": text, "fault": None}
         try:
-            image = decode_image(sample.image.read())
+            if isinstance(content, OSError):
+                raise content
+            image = decode_image(content)
         except (OSError, ImageFault) as error:
             return item | {"pixels": np.zeros((3, size, size), np.uint8), "fault": f"{type(error).__name__}: {error}"}
-        crop = np.random.default_rng([self.settings.seed, epoch, index, 2])
+        crop = np.random.default_rng([self.settings.seed, epoch, number, 2])
         return item | {"pixels": random_resized_crop(image, size, self.settings.crop_scale, crop)}
 
 
-class StepSampler(Sampler[list[tuple[int, int]]]):
-    """This process's share of each global batch, from `first_step` to `last_step`."""
+class StepSampler(Sampler[list[tuple[int, int, int]]]):
+    """(step, epoch, item): this process's share of each global batch of `steps`."""
 
-    def __init__(self, settings: PretrainSettings, samples: int, steps: range, rank: int, world: int) -> None:
-        self.settings, self.samples, self.steps, self.rank, self.world = settings, samples, steps, rank, world
+    def __init__(self, settings: PretrainSettings, items: int, steps: range, rank: int, world: int) -> None:
+        self.settings, self.items, self.steps, self.rank, self.world = settings, items, steps, rank, world
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int, int]]]:
         share = self.settings.batch_size // self.world
         for step in self.steps:
-            places = batch_positions(self.settings.seed, step, self.settings.batch_size, self.samples)
-            yield places[self.rank * share : (self.rank + 1) * share]
+            places = batch_positions(self.settings.seed, step, self.settings.batch_size, self.items)
+            yield [(step, *place) for place in places[self.rank * share : (self.rank + 1) * share]]
 
     def __len__(self) -> int:
         return len(self.steps)
 
 
 def make_loader(
-    samples: list[Sample], settings: PretrainSettings, text_side: TextSide, steps: range, rank: int, world: int
+    pairs: Pairs, settings: PretrainSettings, text_side: TextSide, steps: range, rank: int, world: int
 ) -> DataLoader:
     """Loader over the batches of `steps`, in order."""
 
     def collate(items: list[dict[str, Any]]) -> Batch:
+        numbers, keys = np.array([item["caption_number"] for item in items]), [item["key"] for item in items]
+        readable = np.array([item["fault"] is None for item in items])
         return Batch(
             pixels_B3HW=torch.from_numpy(np.stack([item["pixels"] for item in items])),
-            text=text_side([item["caption_key"] for item in items], [item["caption"] for item in items]),
-            valid_B=torch.tensor([item["fault"] is None and text_side.is_usable(item["caption_key"]) for item in items]),
-            keys=[item["key"] for item in items],
+            text=text_side(items[0]["step"], numbers, keys, [item["caption"] for item in items]),
+            valid_B=torch.from_numpy(readable & text_side.is_usable(numbers)),
+            keys=keys,
             faults=[(item["key"], "undecodable image", item["fault"]) for item in items if item["fault"]],
         )
 
     return DataLoader(
-        PairDataset(samples, settings),
-        batch_sampler=StepSampler(settings, len(samples), steps, rank, world),
+        PairDataset(pairs, settings),
+        batch_sampler=StepSampler(settings, len(pairs), steps, rank, world),
         num_workers=settings.workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),

@@ -24,7 +24,7 @@ from lift.common.errors import UserError
 from lift.common.files import require_file, require_folder
 from lift.common.ledger import DropLedger
 from lift.settings import ImportEmbeddingsSettings
-from lift.sources import IMAGE_SUFFIXES
+from lift.sources.webdataset import IMAGE_SUFFIXES
 from lift.store import EmbeddingStore, StoreWriter, storable
 from lift.text_encoders import describe_text_encoder
 

@@ -5,7 +5,6 @@ Everything a later call needs to go on exactly where this one stopped, and every
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -23,24 +22,32 @@ from lift.common.files import atomic_folder, read_json, read_jsonl, read_whole_r
 from lift.common.ledger import DropLedger
 from lift.common.settings import save_settings, to_plain
 from lift.settings import PretrainSettings
-from lift.sources import Sample
 
-FREE_TO_CHANGE = frozenset({"workers", "log_every", "checkpoint_every", "max_drop_fraction"})
-"""Settings that do not change the weights; a run may be continued with others."""
+FREE_TO_CHANGE = frozenset(
+    {
+        "workers", "log_every", "checkpoint_every", "max_drop_fraction",
+        "micro_batch_size", "gradient_checkpointing", "compile", "loss_tile",
+    }
+)  # fmt: skip
+"""Settings that do not change the weights, apart from rounding (those in the second line); a run may go on with others."""
 CHECKPOINTS_KEPT = 2
+BEST = "best"
+"""Name of the checkpoint with the best validation, beside those of the newest steps."""
 TOKENIZER = "tokenizer"
 """Folder of the CLIP baseline's tokenizer."""
 TEXT_ENCODER = "text_encoder.json"
 """Description of the text encoder that LIFT was aligned to."""
 
 
-def open_run(settings: PretrainSettings, samples: list[Sample]) -> None:
+def open_run(settings: PretrainSettings, content: str, samples: int) -> None:
     """Creates the run folder, or checks that what has been trained there came from the same settings and data.
 
+    Args:
+        content: hash of the keys and captions of the data.
     Raises:
         UserError: the folder holds a run with other settings or data; the first difference is named.
     """
-    now = to_plain(settings) | {"samples_sha256": _fingerprint(samples)}
+    now = to_plain(settings) | {"samples_sha256": content}
     saved = settings.out / "config.yaml"
     if finished(settings.out) is not None or checkpoints(settings.out):
         before = yaml.safe_load(saved.read_text()) | read_json(settings.out / "data.json")
@@ -52,16 +59,8 @@ def open_run(settings: PretrainSettings, samples: list[Sample]) -> None:
                 )
     if finished(settings.out) is None:
         save_settings(settings, saved)
-        write_json(settings.out / "data.json", {"samples_sha256": now["samples_sha256"], "samples": len(samples)})
+        write_json(settings.out / "data.json", {"samples_sha256": content, "samples": samples})
         write_json(settings.out / "environment.json", describe_environment())
-
-
-def _fingerprint(samples: list[Sample]) -> str:
-    """Hash of all keys and captions in their order, which decide what every step sees."""
-    digest = hashlib.sha256()
-    for sample in samples:
-        digest.update(f"{sample.key}\0{sample.captions}\n".encode())
-    return digest.hexdigest()
 
 
 def finished(run: Path) -> dict[str, Any] | None:
@@ -88,6 +87,16 @@ def save_checkpoint(
         shutil.rmtree(old)
 
 
+def save_best(run: Path, step: int, score: float, model: nn.Module, validation: dict[str, float]) -> None:
+    """Keeps the weights with the highest `score` so far in checkpoints/best; of equal ones the first."""
+    best = run / "checkpoints" / BEST
+    if best.is_dir() and read_json(best / "state.json")["score"] >= score:
+        return
+    with atomic_folder(best) as folder:
+        save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
+        write_json(folder / "state.json", {"step": step, "score": score, **validation})
+
+
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ledger: DropLedger) -> tuple[int, float]:
     """Fills model, optimizer and ledger; returns the steps done and the seconds they took."""
     model.load_state_dict(load_file(folder / "model.safetensors"))
@@ -99,22 +108,33 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
 
 
 class Metrics:
-    """`metrics.jsonl` and TensorBoard events; rows after the step that a run resumes from are taken back."""
+    """`metrics.jsonl` and TensorBoard events; rows after the step that a run resumes from are taken back.
 
-    def __init__(self, run: Path, first_step: int) -> None:
-        path = run / "metrics.jsonl"
-        if path.is_file():
-            write_jsonl(path, [row for row in read_whole_rows(path) if row["step"] <= first_step])
-        self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step)
+    Only the process that is `enabled` writes.
+    """
+
+    def __init__(self, run: Path, first_step: int, enabled: bool) -> None:
+        self.run, self.first_step, self.enabled = run, first_step, enabled
+
+    def __enter__(self) -> Metrics:
+        if self.enabled:
+            path = self.run / "metrics.jsonl"
+            if path.is_file():
+                write_jsonl(path, [row for row in read_whole_rows(path) if row["step"] <= self.first_step])
+            self._file = path.open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.first_step)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.enabled:
+            self._file.close()
+            self._board.close()
 
     def log(self, row: dict[str, Any]) -> None:
+        if not self.enabled:
+            return
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
         for name, value in row.items():
             if isinstance(value, float):
                 self._board.add_scalar(name, value, row["step"])
-
-    def close(self) -> None:
-        self._file.close()
-        self._board.close()

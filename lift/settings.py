@@ -11,41 +11,73 @@ from typing import Literal
 class SourceSettings:
     """One source of image-caption pairs."""
 
-    kind: Literal["webdataset", "coco_captions", "llava_json"]
-    """webdataset: tars as img2dataset writes them; coco_captions: a COCO captions JSON; llava_json: a LLaVA-Pretrain JSON."""
-    path: Path
-    """A tar or a folder of tars (webdataset), or the JSON file (the other kinds)."""
-    images: Path | None = None
-    """Folder of the images; needed by the JSON kinds."""
+    kind: Literal["webdataset", "official_lift", "coco_captions", "llava_json", "hf_dataset"]
+    """webdataset: tars as img2dataset writes them; official_lift: caption parquets and image folders of the official code;
+    coco_captions: a COCO captions JSON; llava_json: a LLaVA-Pretrain JSON; hf_dataset: a Hugging Face datasets table."""
+    path: str
+    """A tar or a folder of tars, or its URL (webdataset: s3://, hf://, ...); a caption parquet or a folder of them
+    (official_lift); the JSON file; the name or folder of the table (hf_dataset)."""
+    images: str | None = None
+    """Folder of the images; needed by official_lift and the JSON kinds."""
     name: str = ""
     """Prefix of this source's keys; defaults to the kind. Give one when two sources are of the same kind."""
+    caption_fields: list[str] | None = None
+    """Fields or columns with the captions, in order: of KEY.json, or txt for KEY.txt (webdataset; captions, caption or the
+    text by default), re_caption and org_caption (official_lift; the long re_caption by default), columns (hf_dataset)."""
+    image_field: str = "image"
+    """Column of the images (hf_dataset)."""
+    key_field: str | None = None
+    """Column of the keys (hf_dataset); the row number by default."""
+    split: str = "train"
+    """Split of the table (hf_dataset)."""
+    index: Path | None = None
+    """Folder of the index built once of this source; by default in $LIFT_CACHE, or ~/.cache/lift."""
 
     def __post_init__(self) -> None:
+        self.path = str(self.path)
+        self.images = None if self.images is None else str(self.images)
         self.name = self.name or self.kind
-        if self.kind != "webdataset" and self.images is None:
+        if self.kind in ("official_lift", "coco_captions", "llava_json") and self.images is None:
             raise ValueError(f"data.images: a source of kind {self.kind} needs the folder of its images")
+        if self.caption_fields and self.kind in ("coco_captions", "llava_json"):
+            raise ValueError(f"data.caption_fields: a source of kind {self.kind} has its captions in one place only")
 
 
 @dataclass(kw_only=True)
 class TextEncoderSettings:
     """The frozen text encoder that embeds the captions."""
 
-    kind: Literal["minilm", "sentence_transformer", "causal_lm"] = "minilm"
-    """minilm: the packaged all-MiniLM-L6-v2; sentence_transformer: any such model; causal_lm: hidden states of an LLM."""
+    kind: Literal["auto", "minilm", "sentence_transformer", "causal_lm", "nv_embed"] = "auto"
+    """minilm: the packaged all-MiniLM-L6-v2; sentence_transformer: any such model; causal_lm: hidden states of an LLM;
+    nv_embed: NV-Embed-v2; auto: what the model folder declares itself to be, or minilm where there is no path."""
     path: str | None = None
-    """Folder or hub name of the model; not used by minilm."""
+    """Folder or hub name of the model; minilm has none."""
     pooling: Literal["mean", "last"] = "mean"
-    """Pooling over the caption's tokens; used by causal_lm only, sentence-transformers models bring their own."""
+    """Pooling over the caption's tokens; used by causal_lm only. last: the end-of-sequence token, which is put after every
+    caption (the paper's ablation)."""
     prompt: str = ""
-    """Put before every caption."""
+    """Instruction, put before every caption as it is: a separating space or line break belongs to it. nv_embed leaves it out of
+    the pooling, as the reference does; sentence-transformers models treat it as they declare."""
     max_length: int = 77
-    """Tokens; longer captions are truncated, as in the official recipe (77 short, 323 long)."""
-    batch_size: int = 256
-    """Captions in one forward pass."""
+    """Tokens, prompt and special tokens included; longer captions are truncated, as in the official recipe (77 short, 323
+    long), and counted."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Of weights and activations; auto: bf16 on a GPU that has it, else fp32. Pooling is float32."""
+    normalise: bool = False
+    """Scale embeddings to unit length before they are stored; the official recipe does not."""
+    batch_tokens: int | None = None
+    """Tokens in one forward pass, padding included; by default 1024 on a CPU (larger batches leave its cache) and 16384 on a
+    GPU. Changes embeddings by no more than rounding."""
 
     def __post_init__(self) -> None:
-        if self.kind != "minilm" and not self.path:
+        if self.kind == "minilm" and self.path:
+            raise ValueError(f"text_encoder.path: kind minilm takes no path, found {self.path}; kind auto reads what is there")
+        if self.kind not in ("auto", "minilm") and not self.path:
             raise ValueError(f"text_encoder.path: kind {self.kind} needs a model folder or name")
+        for name in ("max_length", "batch_tokens"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"text_encoder.{name}: expected a positive number, found {value}")
 
 
 @dataclass(kw_only=True)
@@ -60,6 +92,26 @@ class EmbedSettings:
     """The text encoder."""
     max_drop_fraction: float = 0.01
     """The run fails when a larger share of samples cannot be used."""
+
+
+@dataclass(kw_only=True)
+class CheckDataSettings:
+    """Read a data source once and report counts, caption lengths, image sizes, faults and duplicates; fails if unusable."""
+
+    data: list[SourceSettings]
+    """Where images and captions come from."""
+    out: Path = Path("runs/check_data")
+    """Folder for report.json and dropped.jsonl."""
+    embeddings: Path | None = None
+    """Embedding store whose keys are looked up."""
+    tokenizer: str | None = None
+    """Folder or hub name of the tokenizer that counts tokens; the packaged all-MiniLM-L6-v2's by default."""
+    max_length: int = 77
+    """Captions with more tokens are counted."""
+    workers: int = 2
+    """Processes that decode images; 0 for none beside this one."""
+    max_drop_fraction: float = 0.01
+    """The source is unusable when a larger share of samples cannot be used."""
 
 
 @dataclass(kw_only=True)
@@ -185,8 +237,38 @@ class ClipTextSettings:
 
 
 @dataclass(kw_only=True)
+class NegativeSettings:
+    """Negatives that cost no encoder pass, because the text side is fixed; for the contrastive and sigmoid objectives."""
+
+    bank: Path | None = None
+    """Embedding store whose captions are further negatives of every image; captions of other images than the training's."""
+    bank_rows: int = 4096
+    """Rows of the bank in a step, drawn anew in each."""
+    hard: Path | None = None
+    """Embedding store with hard negative captions of each image, under the keys SAMPLE_KEY#0, SAMPLE_KEY#1, ..."""
+    hard_per_image: int = 1
+    """Hard negatives of an image at most; an image may have fewer, or none."""
+
+
+@dataclass(kw_only=True)
+class ValidationSettings:
+    """Held-out pairs that are looked at during training; the first caption of each image counts."""
+
+    data: list[SourceSettings] = field(default_factory=list)
+    """Where they come from; none for no validation."""
+    embeddings: Path | None = None
+    """Their embedding store; made here when it is not there. Defaults to OUT/validation_embeddings. Not used by clip."""
+    every: int = 500
+    """Steps."""
+    samples: int = 5000
+    """At most so many, the first ones."""
+    best: Literal["loss", "recall"] = "recall"
+    """What makes a checkpoint the best one: the lowest loss, or the highest mean R@1 of both directions."""
+
+
+@dataclass(kw_only=True)
 class PretrainSettings:
-    """Pretrain a LIFT encoder (contrastive or cosine) or the CLIP baseline.
+    """Pretrain a LIFT encoder (contrastive, cosine or sigmoid) or the CLIP baseline.
 
     Defaults are the official recipe's (fixtures note `official_lift_tiny`): AdamW 1e-3, betas 0.9/0.98, eps 1e-6, weight decay
     0.2 on matrices only, 500 warm-up steps, cosine to zero, gradient norm 1.0, random resized crop of 0.9-1.0.
@@ -196,28 +278,35 @@ class PretrainSettings:
     """Where images and captions come from."""
     out: Path
     """Run folder."""
-    objective: Literal["contrastive", "cosine", "clip"] = "contrastive"
-    """contrastive and cosine train LIFT against the embedding store; clip trains both towers."""
+    objective: Literal["contrastive", "cosine", "sigmoid", "clip"] = "contrastive"
+    """contrastive, cosine and sigmoid train LIFT against the embedding store; clip trains both towers."""
     embeddings: Path | None = None
     """Embedding store; made here when it is not there. Defaults to OUT/embeddings. Not used by clip."""
     text_encoder: TextEncoderSettings = field(default_factory=TextEncoderSettings)
     """Text encoder of the store."""
     text_transform: TextTransformSettings = field(default_factory=TextTransformSettings)
     """Fixed linear map of the text embeddings, fitted on the store."""
-    captions: Literal["first", "random"] = "random"
-    """Which of several captions of an image an epoch uses."""
+    captions: Literal["first", "random", "all"] = "random"
+    """Which of several captions of an image an epoch uses; all: it goes through the captions, not the images."""
+    negatives: NegativeSettings = field(default_factory=NegativeSettings)
+    """Negatives beside the other captions of the batch."""
     vision: VisionSettings = field(default_factory=VisionSettings)
     """The image encoder."""
     clip_text: ClipTextSettings = field(default_factory=ClipTextSettings)
     """The CLIP baseline's text tower."""
     batch_size: int = 256
     """Samples in one optimiser step over all processes."""
+    micro_batch_size: int | None = None
+    """Samples in one forward pass of a process; less than its share of the batch saves memory and gives the same gradients,
+    at the price of a second forward pass."""
     epochs: float = 1.0
     """Passes over the data; the steps are rounded up."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
+    beta1: float = 0.9
+    """First AdamW coefficient."""
     beta2: float = 0.98
-    """Second AdamW coefficient; the first is 0.9."""
+    """Second AdamW coefficient."""
     epsilon: float = 1e-6
     """AdamW epsilon."""
     weight_decay: float = 0.2
@@ -225,11 +314,23 @@ class PretrainSettings:
     warmup_steps: int = 500
     """Linear warm-up; at most a tenth of a shorter run."""
     gradient_clip: float | None = 1.0
-    """Largest gradient norm; null for none."""
+    """Largest gradient norm; null for none, as in the official CLIP baseline."""
+    initial_logit_scale: float | None = None
+    """1/temperature at the start; by default 1/0.07, for sigmoid 10 (SigLIP)."""
+    max_logit_scale: float = 100.0
+    """1/temperature is kept between 1 and this."""
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Area of the random resized crop."""
+    patch_dropout: float = 0.0
+    """Share of the patches that are left out of each training image (FLIP); none are when features are measured."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 is autocast with float32 weights."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+    compile: bool = False
+    """torch.compile the model."""
+    loss_tile: int = 2048
+    """Columns of the logits in memory at a time."""
     seed: int = 0
     """Seeds the weights, the sample order, the crops and the choice of captions."""
     workers: int = 1
@@ -237,15 +338,24 @@ class PretrainSettings:
     log_every: int = 10
     """Steps."""
     checkpoint_every: int = 500
-    """Steps; the two newest checkpoints are kept."""
+    """Steps; the two newest checkpoints are kept, and the best when there is validation."""
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
+    """Held-out pairs."""
     max_drop_fraction: float = 0.01
     """The run fails when a larger share of samples cannot be used."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs", "learning_rate", "log_every", "checkpoint_every"):
+        for name in ("batch_size", "epochs", "learning_rate", "log_every", "checkpoint_every", "loss_tile"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: expected a positive number, found {getattr(self, name)}")
+        if self.micro_batch_size is not None and self.micro_batch_size <= 0:
+            raise ValueError(f"micro_batch_size: expected a positive number or null, found {self.micro_batch_size}")
+        if not 0 <= self.patch_dropout < 1:
+            raise ValueError(f"patch_dropout: expected a share from 0 to below 1, found {self.patch_dropout}")
+        if self.objective in ("cosine", "clip") and (self.negatives.bank or self.negatives.hard):
+            raise ValueError(f"negatives: the {self.objective} objective has none; they go with contrastive and sigmoid")
         self.embeddings = self.embeddings or self.out / "embeddings"
+        self.validation.embeddings = self.validation.embeddings or self.out / "validation_embeddings"
 
 
 @dataclass

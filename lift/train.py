@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -17,16 +18,16 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from lift.common.errors import UserError
+from lift.common.errors import Preempted, UserError
 from lift.common.files import atomic_folder, sha256_text, write_json
 from lift.common.ledger import DropLedger
-from lift.data import Batch, TextSide, make_loader
+from lift.data import Batch, Pairs, TextSide, make_loader
 from lift.embed import embed_shards, is_store_of
 from lift.export import export_encoder
-from lift.images import normalise
-from lift.loss import contrastive_loss, cosine_loss
-from lift.model import MAX_LOG_SCALE, ClipModel, LiftModel, build_clip, build_lift, parameter_groups
+from lift.flops import matrix_peak, training_flops
+from lift.model import ClipModel, LiftModel, build_clip, build_lift, parameter_groups
 from lift.order import batch_positions
+from lift.preemption import PreemptionWatch
 from lift.run_folder import (
     TEXT_ENCODER,
     TOKENIZER,
@@ -35,13 +36,16 @@ from lift.run_folder import (
     finished,
     load_checkpoint,
     open_run,
+    save_best,
     save_checkpoint,
 )
 from lift.settings import PretrainSettings
-from lift.sources import Sample, Shard, read_sources
+from lift.sources import Samples, Shard, content_hash, read_sources
+from lift.step import TrainingStep
 from lift.store import EmbeddingStore
-from lift.text_side import FixedTextSide, TrainedTextSide, clip_tokenizer
+from lift.text_side import ExtraNegatives, FixedTextSide, TrainedTextSide, clip_tokenizer
 from lift.transforms import fitted_transform
+from lift.validation import Validation
 
 
 @dataclass
@@ -50,6 +54,9 @@ class Setup:
 
     model: LiftModel | ClipModel
     text_side: TextSide
+    validation: Validation | None
+    flops: float
+    """Of one sample, forward and backward."""
 
 
 def pretrain(settings: PretrainSettings) -> None:
@@ -58,54 +65,75 @@ def pretrain(settings: PretrainSettings) -> None:
     if settings.batch_size % accelerator.num_processes:
         raise UserError(f"batch_size {settings.batch_size}: not a multiple of the {accelerator.num_processes} processes.")
     ledger = DropLedger()
-    shards = read_sources(settings.data, ledger)
-    samples = [sample for shard in shards for sample in shard.samples]
+    with accelerator.main_process_first():  # which builds the indexes that the others then find
+        shards = read_sources(settings.data, ledger)
+    samples = Samples(shards)
     if accelerator.is_main_process:
-        open_run(settings, samples)
+        open_run(settings, content_hash(shards), len(samples))
     accelerator.wait_for_everyone()
     if (done := finished(settings.out)) is not None:
         accelerator.print(f"{settings.out}: finished at step {done['steps']}, reused")
         return
     total = len(samples) + len(ledger)
-    setup = _set_up(settings, accelerator, shards, samples, ledger)
+    setup = _set_up(settings, accelerator, samples, ledger)
     ledger.check(total, settings.max_drop_fraction, settings.out / "dropped.jsonl")
-    steps = math.ceil(settings.epochs * len(samples) / settings.batch_size)
-    seconds = _Loop(settings, accelerator, setup, samples, ledger, total, steps).run()
+    pairs = Pairs(samples, settings)
+    loop = _Loop(settings, accelerator, setup, pairs, ledger, total)
+    seconds = loop.run()
     ledger.check(total, settings.max_drop_fraction, settings.out / "dropped.jsonl")
     if accelerator.is_main_process:
         export_encoder(settings.out, settings.out / "encoder")
-        summary = {"steps": steps, "samples": len(samples), "dropped": ledger.counts(), "seconds": round(seconds, 1)}
+        summary = {"steps": loop.steps, "samples": len(samples), "dropped": ledger.counts(), "seconds": round(seconds, 1)}
         write_json(settings.out / "finished.json", summary)
-        print(f"{settings.out / 'encoder'}: encoder of {settings.objective}, {steps} steps; {ledger.summary(total)}")
+        print(f"{settings.out / 'encoder'}: encoder of {settings.objective}, {loop.steps} steps; {ledger.summary(total)}")
 
 
-def _set_up(
-    settings: PretrainSettings, accelerator: Accelerator, shards: list[Shard], samples: list[Sample], ledger: DropLedger
-) -> Setup:
+def _set_up(settings: PretrainSettings, accelerator: Accelerator, samples: Samples, ledger: DropLedger) -> Setup:
     """Model and text side; the run folder keeps the tokenizer of the one or the description of the other."""
+    held_out = None
+    if settings.validation.data:
+        held_out_ledger = DropLedger()
+        with accelerator.main_process_first():
+            held_out = Samples(read_sources(settings.validation.data, held_out_ledger))
     if settings.objective == "clip":
         saved = settings.out / TOKENIZER
         if accelerator.is_main_process and not saved.is_dir():
-            tokenizer = clip_tokenizer(settings.clip_text, [c for s in samples for c in s.captions.values()])
+            tokenizer = clip_tokenizer(settings.clip_text, samples.captions())
             with atomic_folder(saved) as folder:
                 tokenizer.save_pretrained(folder)
         accelerator.wait_for_everyone()
         tokenizer = AutoTokenizer.from_pretrained(saved)
-        return Setup(build_clip(settings, tokenizer), TrainedTextSide(tokenizer, settings.clip_text.context_length))
-    assert settings.embeddings is not None
-    if accelerator.num_processes == 1:
-        embed_shards(shards, settings.text_encoder, settings.embeddings, ledger, settings.max_drop_fraction)
-    elif not is_store_of(settings.embeddings, shards, settings.text_encoder):
-        raise UserError(f"{settings.embeddings}: no finished embedding store. With several processes run lift embed first.")
-    with accelerator.main_process_first():  # the others then find the fitted transform in the store
-        store = EmbeddingStore(settings.embeddings)
-        transform = fitted_transform(store, settings.text_transform, settings.seed)
+        length = settings.clip_text.context_length
+        flops = training_flops(settings.vision, settings.clip_text.embedding_dim, settings.clip_text, length)
+        validation = Validation(settings, held_out, tokenizer) if held_out is not None else None
+        return Setup(build_clip(settings, tokenizer), TrainedTextSide(tokenizer, length), validation, flops)
+    assert settings.embeddings is not None and settings.validation.embeddings is not None
+    store = _store(settings, accelerator, samples.shards, settings.embeddings, ledger)
     if accelerator.is_main_process:
         write_json(settings.out / TEXT_ENCODER, store.manifest["encoder"])
+    with accelerator.main_process_first():  # which fits it, when it is not in the store
+        transform = fitted_transform(EmbeddingStore(settings.embeddings), settings.text_transform, settings.seed)
     model = build_lift(settings, transform)
-    if settings.objective == "cosine":
-        model.log_scale.requires_grad_(False)
-    return Setup(model, FixedTextSide(store, shards, ledger))
+    validation = None
+    if held_out is not None:
+        held_out_store = _store(settings, accelerator, held_out.shards, settings.validation.embeddings, held_out_ledger)
+        validation = Validation(settings, held_out, held_out_store)
+    negatives = None
+    if settings.negatives.bank or settings.negatives.hard:
+        negatives = ExtraNegatives(settings.negatives, store.manifest["encoder"], samples, settings.seed)
+    text_side = FixedTextSide(store, samples, ledger, negatives)
+    return Setup(model, text_side, validation, training_flops(settings.vision, store.dimension, None))
+
+
+def _store(
+    settings: PretrainSettings, accelerator: Accelerator, shards: list[Shard], folder: Path, ledger: DropLedger
+) -> EmbeddingStore:
+    """The store of these shards in `folder`, made here when it is not there."""
+    if accelerator.num_processes == 1:
+        embed_shards(shards, settings.text_encoder, folder, ledger, settings.max_drop_fraction)
+    elif not is_store_of(folder, shards, settings.text_encoder):
+        raise UserError(f"{folder}: no finished embedding store. With several processes run lift embed first.")
+    return EmbeddingStore(folder)
 
 
 def learning_rate_at(step: int, steps: int, settings: PretrainSettings) -> float:
@@ -120,22 +148,18 @@ class _Loop:
     """The optimisation loop: from the newest checkpoint, or step 0, to `steps`."""
 
     def __init__(
-        self,
-        settings: PretrainSettings,
-        accelerator: Accelerator,
-        setup: Setup,
-        samples: list[Sample],
-        ledger: DropLedger,
-        total: int,
-        steps: int,
+        self, settings: PretrainSettings, accelerator: Accelerator, setup: Setup, pairs: Pairs, ledger: DropLedger, total: int
     ) -> None:
-        self.settings, self.accelerator, self.setup, self.samples = settings, accelerator, setup, samples
-        self.ledger, self.total, self.steps = ledger, total, steps
-        self.model = accelerator.prepare_model(setup.model)  # first: the optimizer's state follows its parameters' device
+        self.settings, self.accelerator, self.setup, self.pairs = settings, accelerator, setup, pairs
+        self.ledger, self.total = ledger, total
+        self.steps = math.ceil(settings.epochs * len(pairs) / settings.batch_size)
+        self.main = accelerator.is_main_process
+        wrapped = accelerator.prepare_model(setup.model)  # first: the optimizer's state follows its parameters' device
+        self.gradients = TrainingStep(settings, accelerator, setup.model, wrapped)
         self.optimizer = torch.optim.AdamW(
             parameter_groups(setup.model, settings.weight_decay),
             lr=settings.learning_rate,
-            betas=(0.9, settings.beta2),
+            betas=(settings.beta1, settings.beta2),
             eps=settings.epsilon,
         )
         saved = checkpoints(settings.out)
@@ -148,42 +172,40 @@ class _Loop:
         return self.seconds_before + time.perf_counter() - self.started
 
     def run(self) -> float:
-        """Returns the seconds that training took."""
+        """Returns the seconds that training took.
+
+        Raises:
+            UserError: the loss is not a number, or too many samples were dropped.
+            Preempted: SIGTERM came; a checkpoint of the last step is there.
+        """
         settings, accelerator = self.settings, self.accelerator
-        loader = make_loader(
-            self.samples,
-            settings,
-            self.setup.text_side,
-            range(self.first, self.steps),
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
-        main = accelerator.is_main_process
-        metrics = Metrics(settings.out, self.first) if main else None
-        bar = tqdm(total=self.steps, initial=self.first, desc=f"pretrain {settings.objective}", unit="step", disable=not main)
-        window_start, window_steps, waited, ready = time.perf_counter(), 0, 0.0, time.perf_counter()
-        for step, batch in enumerate(loader, start=self.first):
-            waited += time.perf_counter() - ready
-            row = self._step(step, batch)
-            done, window_steps = step + 1, window_steps + 1
-            if done % settings.log_every == 0 or done == self.steps:
-                elapsed = time.perf_counter() - window_start
-                row = {name: float(value) for name, value in row.items()}
-                speed = window_steps * settings.batch_size / elapsed
-                row |= {"samples_per_second": round(speed, 1), "data_wait_share": round(waited / elapsed, 4)}
-                if metrics is not None:
-                    metrics.log({"step": done, "keys": self._keys_hash(step), **row})
-                bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-                window_start, window_steps, waited = time.perf_counter(), 0, 0.0
-                if not math.isfinite(row["loss"]):
-                    raise UserError(f"loss is {row['loss']} at step {done}. Lower --learning_rate, or look at {settings.out}.")
-            if done % settings.checkpoint_every == 0 or done == self.steps:
-                self._checkpoint(done)
-            bar.update()
-            ready = time.perf_counter()
-        bar.close()
-        if metrics is not None:
-            metrics.close()
+        rank, world = accelerator.process_index, accelerator.num_processes
+        loader = make_loader(self.pairs, settings, self.setup.text_side, range(self.first, self.steps), rank, world)
+        speed = _Speed(settings, accelerator, self.setup.flops)
+        label = f"pretrain {settings.objective}"
+        bar = tqdm(total=self.steps, initial=self.first, desc=label, unit="step", disable=not self.main)
+        with Metrics(settings.out, self.first, self.main) as metrics, PreemptionWatch() as preemption, bar:
+            for step, batch in enumerate(loader, start=self.first):
+                speed.data_arrived()
+                row = self._step(step, batch)
+                done = step + 1
+                last = done == self.steps
+                if done % settings.log_every == 0 or last:
+                    numbers = {name: float(value) for name, value in row.items()}
+                    metrics.log({"step": done, "keys": self._keys_hash(step), **numbers, **speed.since_last()})
+                    bar.set_postfix(loss=f"{numbers['loss']:.3f}", refresh=False)
+                    self._require_finite(numbers["loss"], done)
+                if self.setup.validation and (done % settings.validation.every == 0 or last):
+                    self._validate(self.setup.validation, done, metrics)
+                saved = done % settings.checkpoint_every == 0 or last
+                if saved:
+                    self._checkpoint(done)
+                if preemption.requested() and not last:
+                    if not saved:
+                        self._checkpoint(done)
+                    raise Preempted(f"asked to end; saved step {done} of {self.steps}. The same command goes on from there.")
+                bar.update()
+                speed.data_awaited()
         return self.seconds
 
     def _step(self, step: int, batch: Batch) -> dict[str, Tensor | float]:
@@ -191,39 +213,74 @@ class _Loop:
             self.ledger.drop(key, cause, detail)
         if batch.faults:  # a folder that vanishes should not cost the time to the next checkpoint
             self.ledger.check(self.total, self.settings.max_drop_fraction, self.settings.out / "dropped.jsonl")
-        device = self.accelerator.device
         rate = learning_rate_at(step, self.steps, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        pixels_B3HW = normalise(batch.pixels_B3HW.to(device, non_blocking=True))
-        text = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.text.items()}
-        valid_B = batch.valid_B.to(device)
-        with self.accelerator.autocast():
-            image_BD, text_BD, log_scale = self.model(pixels_B3HW, text)
-        if self.settings.objective == "cosine":
-            loss = cosine_loss(image_BD, text_BD, valid_B)
-        else:
-            loss = contrastive_loss(image_BD, text_BD, log_scale, valid_B)
-        self.accelerator.backward(loss)
+        loss = self.gradients(step, batch)
         limit = self.settings.gradient_clip
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), math.inf if limit is None else limit)
+        model = self.setup.model
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf if limit is None else limit)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            self.setup.model.log_scale.clamp_(0, MAX_LOG_SCALE)
-        mean_loss = self.accelerator.reduce(loss.detach(), reduction="mean")
-        return {"loss": mean_loss, "learning_rate": rate, "gradient_norm": norm, "logit_scale": log_scale.detach().exp()}
+            model.log_scale.clamp_(0, math.log(self.settings.max_logit_scale))
+        mean_loss = self.accelerator.reduce(loss, reduction="mean")
+        return {"loss": mean_loss, "learning_rate": rate, "gradient_norm": norm, "logit_scale": model.log_scale.detach().exp()}
+
+    def _require_finite(self, loss: float, done: int) -> None:
+        if not math.isfinite(loss):
+            raise UserError(f"loss is {loss} at step {done}. Lower --learning_rate, or look at {self.settings.out}.")
+
+    def _validate(self, validation: Validation, done: int, metrics: Metrics) -> None:
+        row = validation(self.setup.model, self.accelerator.device)
+        metrics.log({"step": done, **row})
+        if self.main:
+            score = -row["validation_loss"] if self.settings.validation.best == "loss" else row["validation_recall"]
+            save_best(self.settings.out, done, score, self.setup.model, row)
 
     def _keys_hash(self, step: int) -> str:
         """Hash of the keys of the global batch: two runs that show the same hashes saw the same images in the same order."""
-        places = batch_positions(self.settings.seed, step, self.settings.batch_size, len(self.samples))
-        return sha256_text("\n".join(self.samples[index].key for _, index in places))[:16]
+        places = batch_positions(self.settings.seed, step, self.settings.batch_size, len(self.pairs))
+        return sha256_text("\n".join(self.pairs.samples.key(self.pairs.sample_of(item)) for _, item in places))[:16]
 
     def _checkpoint(self, step: int) -> None:
         """Gathers the ledgers, fails the run when too much was dropped, and saves from the main process."""
         for key, cause, detail in gather_object(self.ledger.rows()):
             self.ledger.drop(key, cause, detail)
-        if self.accelerator.is_main_process:
+        if self.main:
             self.ledger.check(self.total, self.settings.max_drop_fraction, self.settings.out / "dropped.jsonl")
             save_checkpoint(self.settings.out, step, self.seconds, self.setup.model, self.optimizer, self.ledger)
         self.accelerator.wait_for_everyone()
+
+
+class _Speed:
+    """Throughput since it was last asked: samples a second, the share of time spent waiting for data, and MFU."""
+
+    def __init__(self, settings: PretrainSettings, accelerator: Accelerator, flops: float) -> None:
+        self.batch_size = settings.batch_size
+        peak = matrix_peak(accelerator.device, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
+        self.samples_at_peak = accelerator.num_processes * peak / flops
+        self._restart()
+
+    def data_arrived(self) -> None:
+        self.waited += time.perf_counter() - self.waiting
+        self.steps += 1
+
+    def data_awaited(self) -> None:
+        self.waiting = time.perf_counter()
+
+    def since_last(self) -> dict[str, float]:
+        """`mfu`: model FLOPs over what the devices could have done in the time at their measured matrix-product peak."""
+        elapsed = time.perf_counter() - self.window
+        rate = self.batch_size * self.steps / elapsed
+        share = self.waited / elapsed
+        self._restart()
+        return {
+            "samples_per_second": round(rate, 1),
+            "data_wait_share": round(share, 4),
+            "mfu": round(rate / self.samples_at_peak, 4),
+        }
+
+    def _restart(self) -> None:
+        self.window = self.waiting = time.perf_counter()
+        self.waited, self.steps = 0.0, 0

@@ -13,6 +13,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Indexes of sources go to a folder of the test's own, not to the user's cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("LIFT_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture
 def shared() -> Path:
     """The folder with real data and reference values that lies beside a developer's checkout."""

@@ -36,7 +36,7 @@ def test_chain_on_real_photographs(shared: Path, tmp_path: Path) -> None:
     texts.write_text("".join(json.dumps({"text": row["caption"]}) + "\n" for row in captions[:64]))
     _run("demo", "language_model", "--texts", texts, "--out", llm, "--width", "32", "--layers", "2", "--heads", "2", data=data)
 
-    text_encoder = f"{{kind: causal_lm, path: '{llm}', batch_size: 256}}"
+    text_encoder = f"{{kind: causal_lm, path: '{llm}'}}"
     recipe = RECIPES / "lift.yaml"
     _run("lift", "pretrain", "--config", recipe, "--out", lift, *SMALL, "--text_encoder", text_encoder, data=data)
     _run("lift", "pretrain", "--config", RECIPES / "clip.yaml", "--out", clip, *SMALL, data=data)

@@ -12,7 +12,7 @@ import traceback
 from dataclasses import dataclass
 from typing import Any
 
-from lift.common.errors import UserError
+from lift.common.errors import PREEMPTED_STATUS, Preempted, UserError
 from lift.common.settings import nearest, parse_settings
 
 FAULTS_OF_THE_MACHINE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS})
@@ -29,7 +29,7 @@ class Command:
 
 
 def run_command(prog: str, commands: dict[str, Command], arguments: list[str] | None = None) -> int:
-    """Runs `prog COMMAND ...`. Returns the exit status: 0, or 2 after a UserError, which is printed as one message."""
+    """Runs `prog COMMAND ...`. Returns the exit status: 0; 2 after a UserError, printed as one message; 75 to be requeued."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_overview(prog, commands))
@@ -49,6 +49,9 @@ def run_command(prog: str, commands: dict[str, Command], arguments: list[str] | 
         # raised in a data loader's worker it arrives with that process's traceback before it
         print(f"error: {str(error).rpartition('UserError: ')[2].strip()}", file=sys.stderr)
         return 2
+    except Preempted as stop:
+        print(f"stopped: {stop}", file=sys.stderr)
+        return PREEMPTED_STATUS
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -1,4 +1,4 @@
-"""The one exception for faults a user can mend: wrong paths, keys, data, missing tools."""
+"""The exceptions that commands end with in an orderly way: faults a user can mend, and being asked to stop."""
 
 
 class UserError(Exception):
@@ -7,3 +7,11 @@ class UserError(Exception):
     The message is one sentence or two: the file or key, what was expected, what was found, what to do. Commands print it
     without a traceback and exit with status 2.
     """
+
+
+class Preempted(Exception):
+    """The process was asked to end (SIGTERM) and has saved its work; the same command goes on. The exit status is 75."""
+
+
+PREEMPTED_STATUS = 75
+"""EX_TEMPFAIL of sysexits.h: a temporary failure, try again."""

@@ -94,12 +94,12 @@ class EmbeddingStore:
             return self.rows(np.arange(len(self)))
         return self.rows(np.sort(np.random.default_rng(seed).choice(len(self), limit, replace=False, shuffle=False)))
 
-    def match(self, shard: str, keys: Sequence[str] | pa.Array, caption_hashes: np.ndarray) -> np.ndarray:
+    def match(self, shard: str, keys: Sequence[str] | pa.Array, caption_hashes: np.ndarray | None = None) -> np.ndarray:
         """int64 [len(keys)]: the row of each key, or -1 where the key is not there or was embedded with another text.
 
         Args:
             shard: where the keys are expected, which costs least; keys that are not there are looked up in the whole store.
-            caption_hashes: uint64, see `text_hashes`. Not looked at when the store's captions are unknown.
+            caption_hashes: uint64, see `text_hashes`; without them, or where the store has none, keys alone count.
         """
         wanted = keys.cast(pa.string()) if isinstance(keys, pa.Array) else pa.array(keys, pa.string())
         rows = np.full(len(wanted), -1, np.int64)
@@ -113,7 +113,7 @@ class EmbeddingStore:
         left = np.flatnonzero(rows < 0)
         if len(left):
             rows[left] = self._find(wanted.take(pa.array(left)))
-        if self.manifest["captions"] == "known":
+        if caption_hashes is not None and self.manifest["captions"] == "known":
             found = np.flatnonzero(rows >= 0)
             same = self._gather("caption_hashes", rows[found], (), np.uint64) == np.asarray(caption_hashes, np.uint64)[found]
             rows[found[~same]] = -1

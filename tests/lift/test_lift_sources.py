@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from tiny import encoded, noise_image, write_tar
 
@@ -12,7 +16,9 @@ from lift.common.errors import UserError
 from lift.common.images import decode_image
 from lift.common.ledger import DropLedger
 from lift.settings import SourceSettings
-from lift.sources import read_sources
+from lift.sources import Samples, content_hash, read_sources, webdataset
+from lift.sources.samples import read_images
+from lift.store import text_hash
 
 
 def test_webdataset_keys_captions_and_bytes(pairs: Path) -> None:
@@ -111,6 +117,8 @@ def test_real_photos(shared: Path) -> None:
     assert {len(sample.captions) for sample in samples[:700]} == {5}
     assert sum(len(sample.captions) for sample in samples[700:]) == 435
     assert decode_image(samples[-1].image.read()).mode == "RGB"
+    assert Samples(shards).key(786) == samples[786].key == Samples(shards)[786].key
+    assert [key for key, _ in shards[3].keyed_captions()] == [key for sample in shards[3] for key in sample.captions]
 
 
 def test_same_stem_in_two_folders_is_two_samples_and_a_repeated_member_an_error(tmp_path: Path) -> None:
@@ -168,3 +176,159 @@ def test_shards_of_one_name_are_refused(tmp_path: Path) -> None:
     sources = [SourceSettings(kind="webdataset", path=tmp_path / folder) for folder in ("a", "b")]
     with pytest.raises(UserError, match="two sources have a shard 'webdataset-00000'"):
         read_sources(sources, DropLedger())
+
+
+def counting_scans(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Paths of the tars that are gone through from here on."""
+    scanned: list[str] = []
+    scan = webdataset.scan
+    monkeypatch.setattr(
+        webdataset, "scan", lambda source, origin, index: (scanned.append(origin.path), scan(source, origin, index))
+    )
+    return scanned
+
+
+def test_index_is_built_once_and_again_when_the_tar_or_the_settings_change(
+    pairs: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scanned = counting_scans(monkeypatch)
+    source = SourceSettings(kind="webdataset", path=str(pairs))
+    before = content_hash(read_sources([source], DropLedger()))
+    assert content_hash(read_sources([source], DropLedger())) == before
+    assert [Path(path).name for path in scanned] == ["00000.tar", "00001.tar"]
+    assert len(list(cache.rglob("*.arrow"))) == 2
+    write_tar(pairs / "00001.tar", {"x.png": encoded(noise_image(1)), "x.txt": b"another"})
+    assert content_hash(read_sources([source], DropLedger())) != before
+    assert [Path(path).name for path in scanned[2:]] == ["00001.tar"]
+    only_text = replace(source, caption_fields=["txt"])
+    (first, _) = read_sources([only_text], DropLedger())
+    assert len(scanned) == 5 and list(first[0].captions.values()) == ["picture number 000000000"]
+    beside = replace(source, index=pairs / "index")
+    read_sources([beside], DropLedger())
+    assert sorted(path.name for path in (pairs / "index").glob("*.arrow")) == [
+        "webdataset-00000.arrow",
+        "webdataset-00001.arrow",
+    ]
+
+
+def test_dropped_samples_are_counted_again_from_the_index_and_images_that_came_are_found(tmp_path: Path) -> None:
+    image = encoded(noise_image(0))
+    write_tar(tmp_path / "0.tar", {"a.png": image, "a.txt": b"fine", "b.png": image, "b.txt": b" "})
+    source = SourceSettings(kind="webdataset", path=str(tmp_path))
+    for _ in range(2):
+        ledger = DropLedger()
+        read_sources([source], ledger)
+        assert ledger.counts() == {"empty caption": 1}
+    (tmp_path / "a.png").write_bytes(image)
+    turns = [{"from": "gpt", "value": "a dog"}]
+    records = [{"id": name, "image": f"{name}.png", "conversations": turns} for name in "ab"]
+    (tmp_path / "llava.json").write_text(json.dumps(records))
+    source = SourceSettings(kind="llava_json", path=str(tmp_path / "llava.json"), images=str(tmp_path))
+    ledger = DropLedger()
+    read_sources([source], ledger)
+    assert ledger.counts() == {"missing image": 1}
+    (tmp_path / "b.png").write_bytes(image)
+    assert len(Samples(read_sources([source], DropLedger()))) == 2
+
+
+def test_tars_behind_a_url(pairs: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    for tar in pairs.glob("*.tar"):
+        memory.pipe(f"/pairs/{tar.name}", tar.read_bytes())
+    here = Samples(read_sources([SourceSettings(kind="webdataset", path=str(pairs))], DropLedger()))
+    there = Samples(read_sources([SourceSettings(kind="webdataset", path="memory://pairs")], DropLedger()))
+    assert [sample.captions for sample in here] == [sample.captions for sample in there]
+    assert read_images([sample.image for sample in here]) == read_images([sample.image for sample in there])
+    memory.rm("/pairs/00001.tar")
+    contents = read_images([there[0].image, there[20].image])
+    assert isinstance(contents[0], bytes) and isinstance(contents[1], OSError)
+    with pytest.raises(UserError, match="memory://nowhere: expected a webdataset tar"):
+        read_sources([SourceSettings(kind="webdataset", path="memory://nowhere")], DropLedger())
+    with pytest.raises(UserError, match="cannot be reached"):
+        read_sources([SourceSettings(kind="webdataset", path="nonsense://nowhere")], DropLedger())
+
+
+def test_official_layout(shared: Path, tmp_path: Path) -> None:
+    """The images of the fixture with caption files as the official code reads them; one image is not there."""
+    layout = shared / "fixtures" / "official_layout"
+    for number in range(2):
+        stem = f"train-{number:05d}-of-00002"
+        keys = [path.stem for path in sorted((layout / "images" / stem).iterdir())] + ["999"]
+        columns = {"key": keys, "re_caption": [f"long {k}" for k in keys], "org_caption": ["short"] * len(keys)}
+        table = pa.table(columns | {"extension": [".jpg"] * len(keys)})
+        (tmp_path / "captions").mkdir(exist_ok=True)
+        pq.write_table(table, tmp_path / "captions" / f"{stem}.parquet")
+    source = SourceSettings(
+        kind="official_lift",
+        path=str(tmp_path / "captions"),
+        images=str(layout / "images"),
+        caption_fields=["re_caption", "org_caption"],
+    )
+    ledger = DropLedger()
+    shards = read_sources([source], ledger)
+    assert [shard.name for shard in shards] == [f"official_lift-train-{n:05d}-of-00002" for n in range(2)]
+    samples = Samples(shards)
+    assert len(samples) == 20 and ledger.counts() == {"missing image": 2}
+    key = "official_lift/train-00000-of-00002/000000000003"  # over 50,000 bytes: the official loader drops it
+    sample = next(sample for sample in samples if sample.key == key)
+    assert sample.captions == {f"{key}#0": "long 000000000003", f"{key}#1": "short"}
+    assert len(sample.image.read()) > 50_000
+    with pytest.raises(UserError, match="no_such is missing"):
+        read_sources([replace(source, caption_fields=["no_such"])], DropLedger())
+
+
+def test_hugging_face_table(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    images = [{"bytes": encoded(noise_image(i)), "path": None} for i in range(5)]
+    columns = {"image": images, "short": [f"s{i}" for i in range(5)], "long": [[f"l{i}", "more"] for i in range(5)]}
+    table = datasets.Dataset.from_dict(columns).cast_column("image", datasets.Image())
+    table.save_to_disk(tmp_path / "table")
+    source = SourceSettings(kind="hf_dataset", path=str(tmp_path / "table"), name="t", caption_fields=["short", "long"])
+    (shard,) = read_sources([source], DropLedger())
+    assert shard[3].captions == {"t/000000003#0": "s3", "t/000000003#1": "l3", "t/000000003#2": "more"}
+    assert decode_image(shard[3].image.read()).tobytes() == noise_image(3).tobytes()
+    with pytest.raises(UserError, match="no column caption"):
+        read_sources([replace(source, caption_fields=None)], DropLedger())
+
+
+def test_large_files_are_cut_into_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lift.sources.SHARD_SAMPLES", 2)
+    members: dict[str, bytes] = {}
+    for i in range(5):
+        members |= {f"{i}.png": encoded(noise_image(i)), f"{i}.txt": f"caption {i}".encode()}
+    write_tar(tmp_path / "0.tar", members)
+    shards = read_sources([SourceSettings(kind="webdataset", path=str(tmp_path), name="w")], DropLedger())
+    assert [(shard.name, len(shard)) for shard in shards] == [("w-0-00000", 2), ("w-0-00001", 2), ("w-0-00002", 1)]
+    assert [caption for shard in shards for _, caption in shard.keyed_captions()] == [f"caption {i}" for i in range(5)]
+    keys, hashes = shards[1].caption_keys_and_hashes()
+    assert keys.to_pylist() == ["w/2#0", "w/3#0"] and hashes.tolist() == [text_hash("caption 2"), text_hash("caption 3")]
+
+
+def test_odd_captions_are_kept_and_unsafe_names_dropped(tmp_path: Path) -> None:
+    texts = ["nul \0 inside", "emoji \U0001f408", "\u05e9\u05dc\u05d5\u05dd", "word " * 9_999 + "end"]
+    image = encoded(noise_image(0))
+    members: dict[str, bytes] = {"half.png": image, "half.json": b'{"caption": "half a pair \\ud83d"}'}
+    for i, text in enumerate(texts):
+        members |= {f"{i}.png": image, f"{i}.txt": text.encode()}
+    members |= {"../up.png": image, "../up.txt": b"x", "/abs.png": image}
+    ledger = DropLedger()
+    (shard,) = read_sources([SourceSettings(kind="webdataset", path=str(write_tar(tmp_path / "0.tar", members)))], ledger)
+    assert [caption for _, caption in shard.keyed_captions()] == ["half a pair ?", *texts]
+    assert ledger.counts() == {"unsafe member name": 3}
+
+
+def test_bad_header_in_the_middle_of_a_tar_is_refused(pairs: Path) -> None:
+    tar = pairs / "00000.tar"
+    content = bytearray(tar.read_bytes())
+    offset = content.index(b"000000004.png")
+    content[offset : offset + 300] = b"\xff" * 300
+    tar.write_bytes(content)
+    with pytest.raises(UserError, match=r"00000\.tar: not a whole, uncompressed tar"):
+        read_sources([SourceSettings(kind="webdataset", path=str(pairs))], DropLedger())
+
+
+def test_many_tars_are_indexed_by_processes(tmp_path: Path) -> None:
+    for i in range(10):
+        write_tar(tmp_path / f"{i:05d}.tar", {f"{i}.png": encoded(noise_image(i)), f"{i}.txt": b"x"})
+    shards = read_sources([SourceSettings(kind="webdataset", path=str(tmp_path), name="w")], DropLedger())
+    assert [sample.key for sample in Samples(shards)] == [f"w/{i}" for i in range(10)]

@@ -204,7 +204,7 @@ def test_sample_is_a_function_of_the_seed(tmp_path: Path) -> None:
 
 
 def test_interrupted_embedding_goes_on_and_gives_the_same_bytes(pairs: Path, tiny_llm: Path, tmp_path: Path) -> None:
-    encoder = TextEncoderSettings(kind="causal_lm", path=str(tiny_llm), batch_size=5)
+    encoder = TextEncoderSettings(kind="causal_lm", path=str(tiny_llm), batch_tokens=100)
     shards = read_sources([SourceSettings(kind="webdataset", path=pairs)], DropLedger())
     embed_shards(shards, encoder, tmp_path / "whole", DropLedger(), 0.01)
     embed_shards(shards, encoder, tmp_path / "again", DropLedger(), 0.01)
@@ -231,7 +231,7 @@ def test_causal_lm_embedding_does_not_depend_on_its_batch(tiny_llm: Path, poolin
     captions = ["a", "a much longer caption than the others", "b c", "a"]
     together = load_text_encoder(TextEncoderSettings(kind="causal_lm", path=str(tiny_llm), pooling=pooling))  # type: ignore[arg-type]
     alone = load_text_encoder(
-        TextEncoderSettings(kind="causal_lm", path=str(tiny_llm), pooling=pooling, batch_size=1)  # type: ignore[arg-type]
+        TextEncoderSettings(kind="causal_lm", path=str(tiny_llm), pooling=pooling, batch_tokens=1)  # type: ignore[arg-type]
     )
     np.testing.assert_allclose(together.encode(captions), alone.encode(captions), atol=1e-5)
     assert np.array_equal(together.encode(captions)[0], together.encode(captions)[3])

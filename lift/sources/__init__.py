@@ -1,0 +1,124 @@
+"""Image-caption sources: settings in, shards of samples out, each sample with a key, its captions and where its image lies.
+
+One module for each kind of source; `samples` is what the rest of the toolkit sees of them, `index` what lies on disk between.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+
+from lift.common.errors import UserError
+from lift.common.files import sha256_text
+from lift.common.ledger import DropLedger
+from lift.settings import SourceSettings
+from lift.sources import official, tables, webdataset
+from lift.sources.index import Kind, Origin, build_index, index_path, read_summary
+from lift.sources.json_files import JsonFile, coco_records, llava_records
+from lift.sources.samples import Sample, Samples, Shard, TableImage, open_index
+
+__all__ = ["Sample", "Samples", "Shard", "read_sources"]
+
+KINDS: dict[str, Kind] = {
+    "webdataset": webdataset,
+    "official_lift": official,
+    "coco_captions": JsonFile(coco_records),
+    "llava_json": JsonFile(llava_records),
+    "hf_dataset": tables,
+}
+SHARD_SAMPLES = 10_000
+"""Samples in a shard at most: what an interrupted embedding does again."""
+INDEXED_IN_PLACE = 8
+"""So many files are indexed faster by this process than others are started."""
+
+
+def read_sources(sources: list[SourceSettings], ledger: DropLedger) -> list[Shard]:
+    """All sources in order, indexed where they are not yet.
+
+    Raises:
+        UserError: a source is missing, unreadable or empty, or two samples have the same key.
+    """
+    parts = [(source, origin) for source in sources for origin in KINDS[source.kind].origins(source)]
+    _refuse_double([f"{source.name}-{origin.stem}" for source, origin in parts])
+    _build(parts)
+    shards = [shard for source, origin in parts for shard in _shards(source, origin, ledger)]
+    if not shards:
+        raise UserError(f"{', '.join(s.path for s in sources)}: no usable image-caption pair. {ledger.summary(len(ledger))}.")
+    _refuse_double_keys(shards)
+    return shards
+
+
+def _build(parts: list[tuple[SourceSettings, Origin]]) -> None:
+    processes = os.cpu_count() or 1
+    if len(parts) <= INDEXED_IN_PLACE or processes == 1:
+        found = map(_build_one, parts)
+        faults = [fault for fault in found if fault]
+    else:
+        with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
+            faults = [fault for fault in pool.map(_build_one, parts, chunksize=4) if fault]
+    if faults:
+        more = f" ({len(faults)} files are faulty: {'; '.join(faults[1:6])})" if len(faults) > 1 else ""
+        raise UserError(faults[0] + more)
+
+
+def _build_one(part: tuple[SourceSettings, Origin]) -> str | None:
+    """What is wrong with the file, or None."""
+    source, origin = part
+    try:
+        build_index(KINDS[source.kind], source, origin)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+def _shards(source: SourceSettings, origin: Origin, ledger: DropLedger) -> list[Shard]:
+    path = index_path(source, origin)
+    summary = read_summary(path)
+    assert summary is not None
+    for key, cause, detail in summary["dropped"]:
+        ledger.drop(key, cause, detail)
+    table = TableImage(source.path, source.split, source.image_field, -1) if source.kind == "hf_dataset" else None
+    starts = range(0, summary["rows"], SHARD_SAMPLES)
+    name = f"{source.name}-{origin.stem}"
+    return [
+        Shard(
+            name if len(starts) == 1 else f"{name}-{number:05d}",
+            path,
+            start,
+            min(start + SHARD_SAMPLES, summary["rows"]),
+            table,
+        )
+        for number, start in enumerate(starts)
+    ]
+
+
+def content_hash(shards: list[Shard]) -> str:
+    """Hash over the keys and captions of all shards in their order, which decide what every step of a run sees."""
+    indexes = dict.fromkeys(shard.index_file for shard in shards)
+    return sha256_text("\n".join(str((read_summary(index) or {})["content"]) for index in indexes))
+
+
+def _refuse_double(names: list[str]) -> None:
+    name, times = Counter(names).most_common(1)[0] if names else ("", 0)
+    if times > 1:
+        raise UserError(f"two sources have a shard '{name}'. Give the sources different names (data.name).")
+
+
+def _refuse_double_keys(shards: list[Shard]) -> None:
+    """By their hashes, 8 bytes a sample."""
+    columns = [open_index(shard.index_file)["key_hash"].slice(shard.start, len(shard)) for shard in shards]
+    hashes = np.concatenate([column.to_numpy() for column in columns])
+    in_order = np.argsort(hashes, kind="stable")
+    repeated = np.flatnonzero(hashes[in_order][1:] == hashes[in_order][:-1])
+    if len(repeated):
+        number = int(in_order[repeated[0] + 1])
+        samples = Samples(shards)
+        shard = shards[int(np.searchsorted(samples.starts, number, side="right")) - 1]
+        raise UserError(
+            f"key '{samples.key(number)}' of {shard.name} occurs twice. Mend the file, or give the sources different names "
+            "(data.name)."
+        )

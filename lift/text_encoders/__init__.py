@@ -1,0 +1,103 @@
+"""Frozen text encoders: captions in, float32 embeddings out, unnormalised unless the model or the settings normalise.
+
+Here one is found, loaded and described; `batching.py` is what they share, and each of the other modules is one kind.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from lift.common.errors import UserError
+from lift.common.files import read_json, sha256_file, sha256_text
+from lift.minilm import minilm_folder
+from lift.settings import TextEncoderSettings
+from lift.text_encoders.batching import Encoded, TextEncoder, resolve_precision
+from lift.text_encoders.causal_lm import CausalLMEncoder
+from lift.text_encoders.nv_embed import NVEmbedEncoder
+from lift.text_encoders.sentence_transformer import SentenceTransformerEncoder
+
+__all__ = ["Encoded", "TextEncoder", "describe_text_encoder", "load_text_encoder"]
+
+ENCODERS: dict[str, Any] = {
+    "minilm": SentenceTransformerEncoder,
+    "sentence_transformer": SentenceTransformerEncoder,
+    "causal_lm": CausalLMEncoder,
+    "nv_embed": NVEmbedEncoder,
+}
+REVISION_FILES = ("*.safetensors", "*.bin", "*.json", "*.model", "*.txt", "*/*.safetensors", "*/*.bin", "*/*.json")
+"""Weights, configurations and tokenizer, those of a sentence-transformers model's modules included."""
+
+
+def load_text_encoder(settings: TextEncoderSettings) -> TextEncoder:
+    """On the GPU where there is one.
+
+    Raises:
+        UserError: the model folder or name does not load, lacks weights, or (kind auto) does not say what it is.
+    """
+    kind, folder = _resolve(settings)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return ENCODERS[kind](folder, settings, device)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"text_encoder.path {settings.path}: cannot load a {kind} model: {_first_line(error)}") from error
+
+
+def describe_text_encoder(settings: TextEncoderSettings) -> dict[str, Any]:
+    """What the manifest records: the settings that change embeddings, and the revision (hash of weights and tokenizer).
+
+    Kind and precision are those that `auto` means for this model on this machine. Without `revision`, the description makes
+    settings of the same encoder again.
+    """
+    kind, folder = _resolve(settings)
+    files = sorted({file for pattern in REVISION_FILES for file in folder.glob(pattern)})
+    revision = sha256_text(json.dumps([f"{file.relative_to(folder)} {sha256_file(file)}" for file in files]))
+    described: dict[str, Any] = {"kind": kind, "path": settings.path, "revision": revision, "prompt": settings.prompt}
+    described |= {"max_length": settings.max_length, "precision": resolve_precision(settings.precision)}
+    described |= {"normalise": settings.normalise}
+    return described | ({"pooling": settings.pooling} if kind == "causal_lm" else {})
+
+
+def _resolve(settings: TextEncoderSettings) -> tuple[str, Path]:
+    """The kind, never auto, and the model's folder."""
+    if settings.path is None:
+        return "minilm", minilm_folder()
+    folder = _model_folder(settings.path)
+    return _declared_kind(folder) if settings.kind == "auto" else settings.kind, folder
+
+
+def _declared_kind(folder: Path) -> str:
+    """What a model folder says of itself; NV-Embed-v2 comes first, because its folder also holds a modules.json."""
+    has_config = (folder / "config.json").is_file()
+    config = read_json(folder / "config.json", "the configuration of a model") if has_config else {}
+    architectures = config.get("architectures") or []
+    if config.get("model_type") == "nvembed" or "NVEmbedModel" in architectures:
+        return "nv_embed"
+    if (folder / "modules.json").is_file():
+        return "sentence_transformer"
+    if set(architectures) & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()):
+        return "causal_lm"
+    raise UserError(
+        f"text_encoder.path {folder}: expected an NV-Embed model, a sentence-transformers model (modules.json) or a causal LM, "
+        f"found {'the architectures ' + str(architectures) if has_config else 'no config.json'}. Give text_encoder.kind."
+    )
+
+
+def _model_folder(path: str) -> Path:
+    """The folder itself, or the snapshot of a hub name (fetched when it is not there and the hub can be reached)."""
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"text_encoder.path {path}: no such folder, and no model of that name: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
