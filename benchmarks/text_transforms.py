@@ -137,8 +137,8 @@ def fold_of(image: str) -> int:
 def fit_sets(human: dict[str, list[str]], pairs: Path | None, texts: Texts) -> list[list[int]]:
     """Rows to fit on for the items of each fold: captions of the images of the other fold, or of other images altogether."""
     if pairs is not None:
-        shards = read_sources([SourceSettings(kind="webdataset", path=pairs)], DropLedger())
-        captions = [next(iter(sample.captions.values())) for shard in shards for sample in shard.samples]
+        shards = read_sources([SourceSettings(kind="webdataset", path=str(pairs))], DropLedger())
+        captions = [next(iter(sample.captions.values())) for shard in shards for sample in shard]
         return [[texts.row(caption) for caption in captions]]
     return [
         [texts.row(caption) for image, captions in human.items() if fold_of(image) != fold for caption in captions]

@@ -74,6 +74,6 @@ def is_store_of(folder: Path, shards: list[Shard], text_encoder: TextEncoderSett
             f"{ {key: wanted[key] for key in different} }. Give another folder (--embeddings), or the encoder of the store."
         )
     missing = {shard.name for shard in shards} - {entry["name"] for entry in store.manifest["shards"]}
-    if missing:
+    if missing and store.manifest["imported_from"] is None:  # imported shards are cut as they came; keys are matched later
         raise UserError(f"{folder}: the embedding store has no shard {sorted(missing)[0]}; it was made from other data.")
     return True
