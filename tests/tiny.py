@@ -1,4 +1,4 @@
-"""Tiny images and tars that tests are built from."""
+"""Tiny images, tars and settings that tests are built from."""
 
 from __future__ import annotations
 
@@ -8,6 +8,15 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from lift.settings import (
+    ClipTextSettings,
+    PretrainSettings,
+    SourceSettings,
+    TextEncoderSettings,
+    TextTransformSettings,
+    VisionSettings,
+)
 
 
 def noise_image(seed: int, size: tuple[int, int] = (40, 30)) -> Image.Image:
@@ -29,3 +38,20 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
     return path
+
+
+def tiny_pretrain(pairs: Path, llm: Path, out: Path, objective: str = "contrastive") -> PretrainSettings:
+    return PretrainSettings(
+        data=[SourceSettings(kind="webdataset", path=pairs)],
+        out=out,
+        objective=objective,  # type: ignore[arg-type]
+        text_encoder=TextEncoderSettings(kind="causal_lm", path=str(llm)),
+        text_transform=TextTransformSettings(kind="whiten"),
+        vision=VisionSettings(image_size=16, patch_size=8, width=16, layers=2, heads=2),
+        clip_text=ClipTextSettings(width=16, layers=1, heads=2, context_length=16, embedding_dim=16, vocabulary_size=300),
+        batch_size=8,
+        epochs=4,
+        log_every=1,
+        checkpoint_every=3,
+        workers=0,
+    )

@@ -1,17 +1,20 @@
-"""Losses against float64 reference values of the original code, in one process and in two."""
+"""Losses against their plain float64 formulas and the original code's values, in one process, in two and in three."""
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
+from loss_cases import OBJECTIVES, ROWS, Case, ours, plain, worker
 from torch.nn import functional as F
 
-from lift.loss import contrastive_loss, cosine_loss
+from lift.loss import Negatives, clip_loss, cosine_loss, fixed_text_contrastive_loss, sigmoid_loss, start_gather
+
+EXACT = {"atol": 1e-12, "rtol": 0}
 
 
 @pytest.fixture
@@ -23,68 +26,103 @@ def raw(values: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(values).requires_grad_()
 
 
-def test_contrastive_value_and_gradients(reference: dict[str, np.ndarray]) -> None:
+def test_clip_equals_the_original_code(reference: dict[str, np.ndarray]) -> None:
     image, text, scale = raw(reference["image_raw"]), raw(reference["text_raw"]), raw(reference["log_logit_scale"].reshape(1))
-    loss = contrastive_loss(F.normalize(image, dim=-1), F.normalize(text, dim=-1), scale, torch.ones(16, dtype=torch.bool))
+    every = torch.ones(16, dtype=torch.bool)
+    loss = clip_loss(F.normalize(image, dim=-1), F.normalize(text, dim=-1), scale, every)
     loss.backward()
     assert loss.item() == pytest.approx(float(reference["loss"]), abs=1e-12)
-    np.testing.assert_allclose(image.grad, reference["grad_image"], atol=1e-12)
-    np.testing.assert_allclose(text.grad, reference["grad_text"], atol=1e-12)
-    np.testing.assert_allclose(scale.grad, reference["grad_log_logit_scale"].reshape(1), atol=1e-12)
+    np.testing.assert_allclose(image.grad, reference["grad_image"], **EXACT)
+    np.testing.assert_allclose(text.grad, reference["grad_text"], **EXACT)
+    np.testing.assert_allclose(scale.grad, reference["grad_log_logit_scale"].reshape(1), **EXACT)
 
 
-def test_cosine_value_and_gradient(reference: dict[str, np.ndarray]) -> None:
+def test_fixed_text_equals_the_original_code(reference: dict[str, np.ndarray]) -> None:
+    image, scale = raw(reference["image_raw"]), raw(reference["log_logit_scale"].reshape(1))
+    text, every = F.normalize(torch.from_numpy(reference["text_raw"]), dim=-1), torch.ones(16, dtype=torch.bool)
+    loss = fixed_text_contrastive_loss(F.normalize(image, dim=-1), start_gather(text, every), scale, every, tile=5)
+    loss.backward()
+    assert loss.item() == pytest.approx(float(reference["loss"]), abs=1e-12)
+    np.testing.assert_allclose(image.grad, reference["grad_image"], **EXACT)
+    np.testing.assert_allclose(scale.grad, reference["grad_log_logit_scale"].reshape(1), **EXACT)
+
+
+def test_cosine_equals_the_original_code(reference: dict[str, np.ndarray]) -> None:
     image = raw(reference["image_raw"])
     text = F.normalize(torch.from_numpy(reference["text_raw"]), dim=-1)
     loss = cosine_loss(F.normalize(image, dim=-1), text, torch.ones(16, dtype=torch.bool))
     loss.backward()
     assert loss.item() == pytest.approx(float(reference["cos_loss"]), abs=1e-12)
-    np.testing.assert_allclose(image.grad, reference["cos_grad_image"], atol=1e-12)
+    np.testing.assert_allclose(image.grad, reference["cos_grad_image"], **EXACT)
 
 
-def test_invalid_rows_are_as_if_they_were_not_there() -> None:
-    generator = torch.Generator().manual_seed(1)
-    image, text = (F.normalize(torch.randn(6, 4, generator=generator, dtype=torch.float64), dim=-1) for _ in range(2))
-    scale = torch.tensor([2.0], dtype=torch.float64)
-    valid = torch.tensor([True, False, True, True, False, True])
-    every = torch.ones(4, dtype=torch.bool)
-    torch.testing.assert_close(
-        contrastive_loss(image, text, scale, valid), contrastive_loss(image[valid], text[valid], scale, every)
-    )
-    torch.testing.assert_close(cosine_loss(image, text, valid), cosine_loss(image[valid], text[valid], every))
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("tile", [1, 3, 7, 100])
+def test_one_process_with_invalid_rows(objective: str, tile: int) -> None:
+    case = Case.make()
+    expected, expected_gradients = plain(objective, case)
+    loss, gradients = ours(objective, case, slice(None), tile)
+    torch.testing.assert_close(loss, expected, **EXACT)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(gradients[name], gradient, **EXACT, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def _two_process_worker(rank: int, port: int, tensors: dict[str, torch.Tensor], out: str) -> None:
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    own = slice(rank * 8, (rank + 1) * 8)
-    image = tensors["image"][own].clone().requires_grad_()
-    text = tensors["text"][own].clone().requires_grad_()
-    scale = tensors["scale"].clone().requires_grad_()
-    loss = contrastive_loss(F.normalize(image, dim=-1), F.normalize(text, dim=-1), scale, tensors["valid"][own])
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_with_uneven_rows(world: int, tmp_path: Path) -> None:
+    """The mean over processes of the loss, and of a shared parameter's gradient, is that of the whole batch."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(worker, args=(world, port, str(tmp_path)), nprocs=world)
+    found = [torch.load(tmp_path / f"{world}-{rank}.pt", weights_only=True) for rank in range(world)]
+    assert [len(part["cosine/3"][1]["image"]) for part in found] == ROWS[world]
+    for name in found[0]:
+        expected, expected_gradients = plain(name.partition("/")[0], Case.make())
+        losses, gradients = zip(*(part[name] for part in found), strict=True)
+        torch.testing.assert_close(torch.stack(losses).mean(), expected, **EXACT)
+        for leaf, gradient in expected_gradients.items():
+            parts = [part[leaf] for part in gradients]
+            whole = torch.cat(parts) / world if leaf in ("image", "text") else torch.stack(parts).mean(0)
+            torch.testing.assert_close(whole, gradient, **EXACT, msg=lambda m, n=f"{name} {leaf}": f"{n}: {m}")
+
+
+def test_gradcheck() -> None:
+    case = Case.make()
+    text, negatives = F.normalize(case.text, dim=-1), Negatives(case.bank, case.hard, case.hard_valid)
+    image, scale, bias = (tensor.clone().requires_grad_() for tensor in (case.image, case.scale, case.bias))
+
+    def contrastive(image: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return fixed_text_contrastive_loss(image, start_gather(text, case.valid), scale, case.valid, negatives, tile=4)
+
+    def sigmoid(image: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return sigmoid_loss(image, start_gather(text, case.valid), scale, bias, case.valid, negatives, tile=4)
+
+    assert torch.autograd.gradcheck(contrastive, (image, scale))
+    assert torch.autograd.gradcheck(sigmoid, (image, scale, bias))
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_no_valid_row_and_the_largest_scale_stay_finite(objective: str) -> None:
+    case = Case.make(torch.float32)
+    case.scale.fill_(float(np.log(100)))
+    loss, gradients = ours(objective, case, slice(None), 3)
+    assert torch.isfinite(loss) and all(torch.isfinite(gradient).all() for gradient in gradients.values())
+    case.valid.fill_(False)
+    loss, gradients = ours(objective, case, slice(None), 3)
+    assert loss == 0 and all((gradient == 0).all() for gradient in gradients.values())
+
+
+def test_half_precision_features_are_summed_in_float32() -> None:
+    generator = torch.Generator().manual_seed(2)
+    image, text = (F.normalize(torch.randn(512, 64, generator=generator), dim=-1).bfloat16() for _ in range(2))
+    scale, valid = torch.tensor([4.6]), torch.ones(512, dtype=torch.bool)
+    half = image.clone().requires_grad_()
+    loss = fixed_text_contrastive_loss(half, start_gather(text, valid), scale, valid, tile=100)
     loss.backward()
-    torch.save({"loss": loss.detach(), "image": image.grad, "text": text.grad, "scale": scale.grad}, f"{out}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("dropped", [[], [3, 12]])
-def test_two_processes_average_to_the_whole_batch(tmp_path: Path, dropped: list[int]) -> None:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    generator = torch.Generator().manual_seed(0)
-    image, text = (torch.randn(16, 24, generator=generator, dtype=torch.float64) for _ in range(2))
-    valid = torch.ones(16, dtype=torch.bool)
-    valid[dropped] = False
-    scale = torch.tensor([2.5], dtype=torch.float64)
-    tensors = {"image": image, "text": text, "scale": scale, "valid": valid}
-    mp.start_processes(_two_process_worker, args=(port, tensors, str(tmp_path)), nprocs=2, start_method="fork")
-    whole = {name: tensor.clone().requires_grad_() for name, tensor in tensors.items() if name != "valid"}
-    loss = contrastive_loss(F.normalize(whole["image"], dim=-1), F.normalize(whole["text"], dim=-1), whole["scale"], valid)
-    loss.backward()
-    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    torch.testing.assert_close(sum(r["loss"] for r in ranks) / 2, loss.detach())
-    for name in ("image", "text"):  # gradients are averaged over processes by DDP
-        torch.testing.assert_close(torch.cat([r[name] for r in ranks]) / 2, whole[name].grad)
-    torch.testing.assert_close(sum(r["scale"] for r in ranks) / 2, whole["scale"].grad)
+    wide = image.double().requires_grad_()
+    expected = fixed_text_contrastive_loss(wide, start_gather(text.double(), valid), scale.double(), valid)
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=0)
+    assert half.grad is not None and wide.grad is not None and half.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(half.grad.double(), wide.grad, atol=1e-7, rtol=1e-2)

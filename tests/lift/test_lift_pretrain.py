@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import encoded, noise_image, write_tar
+from tiny import encoded, noise_image, tiny_pretrain, write_tar
 
 from lift.common.errors import UserError
 from lift.encoder import load_encoder
@@ -20,33 +20,13 @@ from lift.model import LiftModel, build_clip, build_lift, mean_patch_feature, vi
 from lift.run_folder import checkpoints
 from lift.settings import (
     ClipTextSettings,
-    PretrainSettings,
     SourceSettings,
-    TextEncoderSettings,
-    TextTransformSettings,
     VisionSettings,
 )
 from lift.store import EmbeddingStore, text_hashes
 from lift.text_side import clip_tokenizer
 from lift.train import learning_rate_at, pretrain
 from lift.transforms import TextTransform
-
-
-def settings_for(pairs: Path, llm: Path, out: Path, objective: str = "contrastive") -> PretrainSettings:
-    return PretrainSettings(
-        data=[SourceSettings(kind="webdataset", path=pairs)],
-        out=out,
-        objective=objective,  # type: ignore[arg-type]
-        text_encoder=TextEncoderSettings(kind="causal_lm", path=str(llm)),
-        text_transform=TextTransformSettings(kind="whiten"),
-        vision=VisionSettings(image_size=16, patch_size=8, width=16, layers=2, heads=2),
-        clip_text=ClipTextSettings(width=16, layers=1, heads=2, context_length=16, embedding_dim=16, vocabulary_size=300),
-        batch_size=8,
-        epochs=4,
-        log_every=1,
-        checkpoint_every=3,
-        workers=0,
-    )
 
 
 def rows(run: Path) -> list[dict]:
@@ -61,8 +41,8 @@ class Killed(Exception):
 def test_resumed_run_equals_uninterrupted_one(
     pairs: Path, tiny_llm: Path, tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretrain(settings_for(pairs, tiny_llm, tmp_path / "whole", objective))
-    cut = settings_for(pairs, tiny_llm, tmp_path / "cut", objective)
+    pretrain(tiny_pretrain(pairs, tiny_llm, tmp_path / "whole", objective))
+    cut = tiny_pretrain(pairs, tiny_llm, tmp_path / "cut", objective)
     from lift.train import _Loop
 
     step = _Loop._step
@@ -91,7 +71,7 @@ def test_resumed_run_equals_uninterrupted_one(
 
 def test_lift_and_clip_log_the_same_keys_and_both_learn(pairs: Path, tiny_llm: Path, tmp_path: Path) -> None:
     for objective in ("contrastive", "clip"):
-        pretrain(settings_for(pairs, tiny_llm, tmp_path / objective, objective))
+        pretrain(tiny_pretrain(pairs, tiny_llm, tmp_path / objective, objective))
     lift, clip = rows(tmp_path / "contrastive"), rows(tmp_path / "clip")
     assert [row["keys"] for row in lift] == [row["keys"] for row in clip]
     assert len({row["keys"] for row in lift}) == len(lift) == 12
@@ -104,7 +84,7 @@ def test_lift_and_clip_log_the_same_keys_and_both_learn(pairs: Path, tiny_llm: P
 def test_finished_run_is_reused_and_other_settings_are_refused(
     pairs: Path, tiny_llm: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = settings_for(pairs, tiny_llm, tmp_path / "run")
+    settings = tiny_pretrain(pairs, tiny_llm, tmp_path / "run")
     pretrain(settings)
     written = (settings.out / "encoder" / "model.safetensors").stat().st_mtime_ns
     pretrain(replace(settings, workers=1))
@@ -121,7 +101,7 @@ def test_damaged_image_is_dropped_by_name_and_too_many_fail_the_run(tiny_llm: Pa
         members[f"{i}.jpg"] = whole[: len(whole) // 3] if i == 5 else whole
         members[f"{i}.txt"] = f"caption {i}".encode()
     write_tar(tmp_path / "pairs" / "0.tar", members)
-    settings = replace(settings_for(tmp_path / "pairs", tiny_llm, tmp_path / "run"), max_drop_fraction=0.1)
+    settings = replace(tiny_pretrain(tmp_path / "pairs", tiny_llm, tmp_path / "run"), max_drop_fraction=0.1)
     pretrain(settings)
     (row,) = [json.loads(line) for line in (settings.out / "dropped.jsonl").read_text().splitlines()]
     assert (row["key"], row["cause"]) == ("webdataset/5", "undecodable image")
@@ -133,7 +113,7 @@ def test_damaged_image_is_dropped_by_name_and_too_many_fail_the_run(tiny_llm: Pa
 
 
 def test_learning_rate_follows_the_official_schedule(pairs: Path, tiny_llm: Path, tmp_path: Path) -> None:
-    settings = replace(settings_for(pairs, tiny_llm, tmp_path), learning_rate=1.0, warmup_steps=500)
+    settings = replace(tiny_pretrain(pairs, tiny_llm, tmp_path), learning_rate=1.0, warmup_steps=500)
     assert learning_rate_at(0, 10_000, settings) == 1 / 500
     assert learning_rate_at(499, 10_000, settings) == 1.0
     assert learning_rate_at(500 + 4750, 10_000, settings) == pytest.approx(0.5)
@@ -167,7 +147,7 @@ torch.save(model(**pixels).last_hidden_state.detach(), out)
 def test_encoder_folder_loads_in_plain_transformers(pairs: Path, tiny_llm: Path, tmp_path: Path, objective: str) -> None:
     from PIL import Image
 
-    pretrain(settings_for(pairs, tiny_llm, tmp_path / "run", objective))
+    pretrain(tiny_pretrain(pairs, tiny_llm, tmp_path / "run", objective))
     folder = tmp_path / "run" / "encoder"
     subprocess.run([sys.executable, "-c", PLAIN, str(folder), str(tmp_path / "out.pt")], check=True, cwd=tmp_path)
     tokens_1LW = torch.load(tmp_path / "out.pt", weights_only=True)
@@ -206,7 +186,7 @@ def test_encoder_whose_text_encoder_changed_is_refused(pairs: Path, tiny_llm: Pa
     import shutil
 
     shutil.copytree(tiny_llm, tmp_path / "llm")
-    pretrain(settings_for(pairs, tmp_path / "llm", tmp_path / "run"))
+    pretrain(tiny_pretrain(pairs, tmp_path / "llm", tmp_path / "run"))
     encoder = load_encoder(tmp_path / "run" / "encoder")
     with (tmp_path / "llm" / "tokenizer_config.json").open("a") as file:
         file.write(" ")
@@ -258,7 +238,7 @@ def test_pooling_and_head_match_the_official_model(shared: Path) -> None:
 
 
 def test_lift_and_clip_start_from_the_same_image_encoder(pairs: Path, tiny_llm: Path, tmp_path: Path) -> None:
-    settings = settings_for(pairs, tiny_llm, tmp_path)
+    settings = tiny_pretrain(pairs, tiny_llm, tmp_path)
     lift = build_lift(settings, TextTransform("none", 32))
     clip = build_clip(settings, clip_tokenizer(settings.clip_text, ["a picture"]))
     other = build_lift(replace(settings, seed=1), TextTransform("none", 32))
@@ -278,7 +258,7 @@ def test_caption_without_embedding_leaves_the_order_alone(pairs: Path, tiny_llm:
     monkeypatch.setattr(EmbeddingStore, "match", match_all_but_one)
     for objective in ("contrastive", "clip"):
         run = tmp_path / objective
-        pretrain(replace(settings_for(pairs, tiny_llm, run, objective), log_every=1, max_drop_fraction=0.1))
+        pretrain(replace(tiny_pretrain(pairs, tiny_llm, run, objective), log_every=1, max_drop_fraction=0.1))
         keys[objective] = [json.loads(line)["keys"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert keys["contrastive"] == keys["clip"]
     finished = json.loads((tmp_path / "contrastive" / "finished.json").read_text())
@@ -286,7 +266,7 @@ def test_caption_without_embedding_leaves_the_order_alone(pairs: Path, tiny_llm:
 
 
 def test_run_of_other_data_is_refused(pairs: Path, tiny_llm: Path, tmp_path: Path) -> None:
-    settings = settings_for(pairs, tiny_llm, tmp_path / "run", "clip")
+    settings = tiny_pretrain(pairs, tiny_llm, tmp_path / "run", "clip")
     pretrain(settings)
     written = (tmp_path / "run" / "environment.json").stat().st_mtime_ns
     pretrain(settings)
@@ -297,7 +277,7 @@ def test_run_of_other_data_is_refused(pairs: Path, tiny_llm: Path, tmp_path: Pat
 
 
 def test_failed_start_does_not_bind_the_folder(pairs: Path, tiny_llm: Path, tmp_path: Path) -> None:
-    settings = settings_for(pairs, tiny_llm, tmp_path / "run", "clip")
+    settings = tiny_pretrain(pairs, tiny_llm, tmp_path / "run", "clip")
     with pytest.raises(UserError, match="no such file"):
         pretrain(replace(settings, data=[SourceSettings(kind="webdataset", path=tmp_path / "typo")]))
     pretrain(settings)
