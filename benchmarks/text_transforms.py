@@ -68,6 +68,7 @@ def main() -> None:
     group.add_argument("--coco_captions", type=Path, help="COCO captions JSON with the items' images")
     group.add_argument("--pairs", type=Path, help="webdataset tars whose captions the transforms are fitted on")
     parser.add_argument("--long", action="store_true", help="needs --coco_captions")
+    parser.add_argument("--limit", type=int, help="items of each subtask at most")
     parser.add_argument("--kind", choices=["minilm", "sentence_transformer", "causal_lm"], default="minilm")
     parser.add_argument("--model", help="folder or hub name of the text encoder")
     parser.add_argument("--pooling", choices=["mean", "last"], default="mean")
@@ -76,8 +77,8 @@ def main() -> None:
         parser.error("--long needs --coco_captions")
     texts = Texts()
     human = read_human_captions(arguments.coco_captions) if arguments.coco_captions else {}
-    items = {name: read_items(arguments.items / f"{name}.json", human, arguments.long, texts) for name in SUBTASKS}
-    fit_rows = fit_sets(human, arguments.pairs, texts)
+    items = {name: read_items(arguments.items / f"{name}.json", arguments, human, texts) for name in SUBTASKS}
+    fit_rows = fit_sets(human, arguments, texts)
     encoder = load_text_encoder(
         TextEncoderSettings(kind=arguments.kind, path=arguments.model, pooling=arguments.pooling, max_length=323)
     )
@@ -110,12 +111,12 @@ def read_human_captions(path: Path) -> dict[str, list[str]]:
     return captions
 
 
-def read_items(path: Path, human: dict[str, list[str]], long: bool, texts: Texts) -> Items:
+def read_items(path: Path, arguments: argparse.Namespace, human: dict[str, list[str]], texts: Texts) -> Items:
     items = Items()
-    for record in read_json(path, "SugarCrepe items").values():
+    for record in list(read_json(path, "SugarCrepe items").values())[: arguments.limit]:
         image, positive, negative = record["filename"], record["caption"].strip(), record["negative_caption"].strip()
         others = [caption for caption in human.get(image, []) if not near_copy(caption, positive)]
-        if long:
+        if arguments.long:
             added, others = " ".join(others[:LONG_CAPTIONS]), others[LONG_CAPTIONS:]
             positive, negative = f"{positive} {added}", f"{negative} {added}"
         items.positive.append(texts.row(positive))
@@ -134,12 +135,14 @@ def fold_of(image: str) -> int:
     return int(Path(image).stem[-6:]) % 2
 
 
-def fit_sets(human: dict[str, list[str]], pairs: Path | None, texts: Texts) -> list[list[int]]:
+def fit_sets(human: dict[str, list[str]], arguments: argparse.Namespace, texts: Texts) -> list[list[int]]:
     """Rows to fit on for the items of each fold: captions of the images of the other fold, or of other images altogether."""
-    if pairs is not None:
-        shards = read_sources([SourceSettings(kind="webdataset", path=str(pairs))], DropLedger())
+    if arguments.pairs is not None:
+        shards = read_sources([SourceSettings(kind="webdataset", path=str(arguments.pairs))], DropLedger())
         captions = [next(iter(sample.captions.values())) for shard in shards for sample in shard]
         return [[texts.row(caption) for caption in captions]]
+    if arguments.long:
+        human = {image: [" ".join(captions[: 1 + LONG_CAPTIONS])] for image, captions in human.items()}
     return [
         [texts.row(caption) for image, captions in human.items() if fold_of(image) != fold for caption in captions]
         for fold in range(2)
