@@ -7,11 +7,13 @@ shard by shard; a shard that an interrupted import finished is kept as it is.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +26,7 @@ from lift.common.errors import UserError
 from lift.common.files import require_file, require_folder
 from lift.common.ledger import DropLedger
 from lift.settings import ImportEmbeddingsSettings
+from lift.sources import SHARD_SAMPLES
 from lift.sources.webdataset import IMAGE_SUFFIXES
 from lift.store import EmbeddingStore, StoreWriter, storable
 from lift.text_encoders import describe_text_encoder
@@ -48,11 +51,11 @@ class Rows:
 
 @dataclass
 class Source:
-    """Shards by name, each with what reads it; `dimension` is that of the store."""
+    """Shards, each a name and what reads it; `dimension` is that of the store."""
 
     dimension: int
     captions_known: bool
-    shards: dict[str, Callable[[], Rows]]
+    shards: Iterable[tuple[str, Callable[[], Rows]]]
 
 
 def import_embeddings(settings: ImportEmbeddingsSettings) -> None:
@@ -66,9 +69,12 @@ def import_embeddings(settings: ImportEmbeddingsSettings) -> None:
     with ExitStack() as stack:
         source = _official(settings) if settings.kind == "official_parquet" else _array(settings, stack)
         encoder = describe_text_encoder(settings.text_encoder)
-        writer = StoreWriter(settings.out, encoder, source.dimension, settings.dtype, source.captions_known)
-        ledger, total = DropLedger(), 0
-        for name, read in tqdm(source.shards.items(), desc="import embeddings", unit="shard"):
+        writer = StoreWriter(
+            settings.out, encoder, source.dimension, settings.dtype, source.captions_known, imported_from=settings.kind
+        )
+        ledger, total, names = DropLedger(), 0, []
+        for name, read in tqdm(source.shards, desc="import embeddings", unit="shard"):
+            names.append(name)
             if not writer.has(name):
                 rows = _usable(read(), settings)
                 writer.write_shard(name, rows.keys, rows.captions, rows.embeddings_ND, dropped=rows.dropped)
@@ -77,7 +83,7 @@ def import_embeddings(settings: ImportEmbeddingsSettings) -> None:
                 ledger.drop(key, cause, detail)
             total += len(written) + len(written.statistics.dropped)
     ledger.check(total, settings.max_drop_fraction, settings.out / "dropped.jsonl")
-    writer.finish(list(source.shards))
+    writer.finish(names)
     print(f"{settings.out}: {EmbeddingStore(settings.out).summary()}; {ledger.summary(total)}")
 
 
@@ -100,7 +106,7 @@ def _usable(rows: Rows, settings: ImportEmbeddingsSettings) -> Rows:
 
 
 def _official(settings: ImportEmbeddingsSettings) -> Source:
-    """One shard for each folder, named as the shard of the data source whose captions the folder embeds."""
+    """Shards named, and cut, as those of the data source whose captions they embed, so that keys are found without search."""
     prefix = settings.key_prefix or ""
     root = require_folder(settings.path, "a folder of folders of embedding parquet files (the official LIFT layout)")
     folders = {folder: sorted(folder.glob("*.parquet"), key=_number_then_name) for folder in sorted(root.iterdir())}
@@ -109,12 +115,28 @@ def _official(settings: ImportEmbeddingsSettings) -> Source:
         raise UserError(f"{root}: expected folders of embedding parquet files (FOLDER/0.parquet), found none. Check --path.")
     dimension = _official_dimension(next(iter(folders.values())))
 
-    def reader(folder: Path, files: list[Path]) -> Callable[[], Rows]:
-        return lambda: _read_official(files, dimension, f"{prefix}{folder.name}/", settings.key_suffix or "")
+    def shards() -> Iterator[tuple[str, Callable[[], Rows]]]:
+        for folder, files in folders.items():
+            name = "-".join(filter(None, (prefix.rstrip("/").replace("/", "-"), folder.name)))
+            parts = _in_shards(files)
+            for number, part in enumerate(parts):
+                read = partial(_read_official, part, dimension, f"{prefix}{folder.name}/", settings.key_suffix or "")
+                yield name if len(parts) == 1 else f"{name}-{number:05d}", read
 
-    name = prefix.rstrip("/").replace("/", "-")
-    shards = {"-".join(filter(None, (name, folder.name))): reader(folder, files) for folder, files in folders.items()}
-    return Source(dimension, False, shards)
+    return Source(dimension, False, shards())
+
+
+def _in_shards(files: list[Path]) -> list[list[Path]]:
+    """The files of a folder in groups of at least SHARD_SAMPLES rows."""
+    groups: list[list[Path]] = [[]]
+    rows = 0
+    for file in files:
+        if rows >= SHARD_SAMPLES:
+            groups.append([])
+            rows = 0
+        groups[-1].append(file)
+        rows += _read_parquet(file, pq.read_metadata).num_rows
+    return groups
 
 
 def _number_then_name(path: Path) -> tuple[int, str]:
@@ -125,18 +147,22 @@ def _number_then_name(path: Path) -> tuple[int, str]:
 def _official_dimension(files: list[Path]) -> int:
     """The most common length among the embeddings of the first file that has any."""
     for file in files:
-        lengths = pc.mode(pc.list_value_length(_read_parquet(file)["embedding"]))
+        lengths = pc.mode(pc.list_value_length(_read_rows(file)["embedding"]))
         if len(lengths):
             return int(lengths[0]["mode"].as_py())
     raise UserError(f"{files[0].parent}: expected embeddings, found only empty parquet files.")
 
 
-def _read_parquet(file: Path) -> pa.Table:
-    """Columns `key` and `embedding`, checked by type."""
+def _read_parquet(file: Path, read: Callable[[Path], Any]) -> Any:
     try:
-        table = pq.read_table(file)
+        return read(file)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{file}: not a whole parquet file: {error}. Fetch it again or remove it.") from error
+
+
+def _read_rows(file: Path) -> pa.Table:
+    """Columns `key` and `embedding`, checked by type."""
+    table = _read_parquet(file, pq.read_table)
     types = {field.name: field.type for field in table.schema}
     key, embedding = types.get("key", pa.null()), types.get("embedding", pa.null())
     is_list = pa.types.is_list(embedding) or pa.types.is_large_list(embedding) or pa.types.is_fixed_size_list(embedding)
@@ -151,7 +177,7 @@ def _read_official(files: list[Path], dimension: int, prefix: str, suffix: str) 
     dropped: list[tuple[str, str, str]] = []
     parts = [np.empty((0, dimension), np.float32)]
     for file in files:
-        table = _read_parquet(file)
+        table = _read_rows(file)
         fits = []
         lengths = pc.list_value_length(table["embedding"]).fill_null(0).to_pylist()
         for number, (name, length) in enumerate(zip(table["key"].to_pylist(), lengths, strict=True)):
@@ -188,7 +214,7 @@ def _array(settings: ImportEmbeddingsSettings, stack: ExitStack) -> Source:
 
         return read_shard
 
-    shards = {f"{settings.path.stem}-{number:05d}": reader(number) for number in range(len(starts))}
+    shards = [(f"{settings.path.stem}-{number:05d}", reader(number)) for number in range(len(starts))]
     return Source(dimension, settings.key_format == "jsonl", shards)
 
 

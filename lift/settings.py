@@ -188,7 +188,7 @@ class ImportEmbeddingsSettings:
     tensor: str | None = None
     """Name of the tensor in a safetensors file that has several."""
     key_prefix: str | None = None
-    """Put before every key: the name of the data source and a slash. `official/` for official_parquet, else nothing."""
+    """Put before every key: the name of the data source and a slash. `official_lift/` for official_parquet, else nothing."""
     key_suffix: str | None = None
     """Put after every key: the position of the caption among those of its image. `#0` for official_parquet, else nothing."""
     max_drop_fraction: float = 0.01
@@ -203,7 +203,7 @@ class ImportEmbeddingsSettings:
             raise ValueError(f"key_file: {self.kind} {needed}")
         if self.tensor is not None and self.kind != "safetensors":
             raise ValueError(f"tensor: {self.kind} has no named tensors")
-        self.key_prefix = self.key_prefix if self.key_prefix is not None else "official/" if official else ""
+        self.key_prefix = self.key_prefix if self.key_prefix is not None else "official_lift/" if official else ""
         self.key_suffix = self.key_suffix if self.key_suffix is not None else "#0" if official else ""
 
 

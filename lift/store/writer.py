@@ -24,6 +24,7 @@ class StoreWriter:
     """Writes the shards of one store; `encoder` (what made the embeddings) goes into the manifest.
 
     `captions_known` is False for embeddings made elsewhere that came without their texts: rows are then matched by key alone.
+    `imported_from` is the form in which such embeddings came; the shards of an imported store are not those of a data source.
 
     Raises:
         UserError: the folder holds a store made by another encoder, or of another dimension or dtype.
@@ -36,6 +37,7 @@ class StoreWriter:
         dimension: int,
         dtype: StoreDtype = "float16",
         captions_known: bool = True,
+        imported_from: str | None = None,
     ) -> None:
         self.folder, self.dimension, self.dtype, self.captions_known = folder, dimension, dtype, captions_known
         self.header = {
@@ -44,6 +46,7 @@ class StoreWriter:
             "dimension": dimension,
             "dtype": dtype,
             "captions": "known" if captions_known else "unknown",
+            "imported_from": imported_from,
         }
         started = folder / "encoder.json"
         if any(folder.glob("*.arrow")):

@@ -18,8 +18,11 @@ from lift.__main__ import COMMANDS
 from lift.common.cli import run_command
 from lift.common.errors import UserError
 from lift.common.files import read_jsonl
+from lift.common.ledger import DropLedger
+from lift.embed import is_store_of
 from lift.import_embeddings import import_embeddings
-from lift.settings import ImportEmbeddingsSettings, TextEncoderSettings
+from lift.settings import ImportEmbeddingsSettings, SourceSettings, TextEncoderSettings
+from lift.sources import read_sources
 from lift.store import EmbeddingStore, text_hashes
 
 VALUES = np.random.default_rng(0).normal(size=(10, 16)).astype(np.float32)
@@ -54,17 +57,17 @@ def test_official_fixture_gives_the_keys_of_the_data_source(run: Import, shared:
         run("official_parquet", layout / "caption_embeddings")
     assert not (tmp_path / "store" / "manifest.json").exists()
     assert [row["key"] for row in read_jsonl(tmp_path / "store" / "dropped.jsonl")] == [
-        "official/train-00000-of-00002/000000000005#0",
-        "official/train-00001-of-00002/000000000015#0",
+        "official_lift/train-00000-of-00002/000000000005#0",
+        "official_lift/train-00001-of-00002/000000000015#0",
     ]
     store = run("official_parquet", layout / "caption_embeddings", max_drop_fraction=0.1)
     assert store.manifest["captions"] == "unknown" and len(store) == 18
-    assert [entry["name"] for entry in store.manifest["shards"]] == [f"official-train-0000{i}-of-00002" for i in range(2)]
+    assert [entry["name"] for entry in store.manifest["shards"]] == [f"official_lift-train-0000{i}-of-00002" for i in range(2)]
     for folder in range(2):
         expected = np.load(layout / f"train-0000{folder}-of-00002_emb.npy")
         numbers = [i for i in range(10) if i != 5]
-        keys = [f"official/train-0000{folder}-of-00002/{folder * 10 + i:012d}#0" for i in numbers]
-        rows = store.match(f"official-train-0000{folder}-of-00002", keys, text_hashes(keys))
+        keys = [f"official_lift/train-0000{folder}-of-00002/{folder * 10 + i:012d}#0" for i in numbers]
+        rows = store.match(f"official_lift-train-0000{folder}-of-00002", keys, text_hashes(keys))
         np.testing.assert_allclose(store.rows(rows, dtype=np.float32), expected[numbers], rtol=1e-3, atol=1e-4)
 
 
@@ -89,7 +92,7 @@ def test_official_faults_are_counted_by_cause(run: Import, tmp_path: Path) -> No
         "web/part/f#1": "embedding beyond the range of float16",
     }
     wide = run("official_parquet", tmp_path / "parquet", dtype="int8", out=tmp_path / "int8", max_drop_fraction=0.9)
-    (row,) = rows_of(wide, ["official/part/f#0"])
+    (row,) = rows_of(wide, ["official_lift/part/f#0"])
     np.testing.assert_allclose(wide.rows(np.array([row]))[0], VALUES[5] * 1e5, atol=np.abs(VALUES[5]).max() * 1e5 / 200)
 
 
@@ -133,12 +136,41 @@ def test_interrupted_import_goes_on_and_gives_the_same_bytes(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(StoreWriter, "write_shard", dies_at_the_second)
         run("official_parquet", tmp_path / "parquet", out=tmp_path / "again", max_drop_fraction=0.5)
-    assert [path.name for path in (tmp_path / "again").glob("*.arrow")] == ["official-p0.arrow"]
+    assert [path.name for path in (tmp_path / "again").glob("*.arrow")] == ["official_lift-p0.arrow"]
     write_parquet(tmp_path / "parquet" / "p0" / "0.parquet", ["a", "b"], [VALUES[5], VALUES[6]])  # is not read again
     run("official_parquet", tmp_path / "parquet", out=tmp_path / "again", max_drop_fraction=0.5)
     assert {f.name for f in (tmp_path / "whole").iterdir()} == {f.name for f in (tmp_path / "again").iterdir()}
     for file in (tmp_path / "whole").iterdir():
         assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
+
+
+def test_large_folders_are_cut_into_shards_by_whole_files(run: Import, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lift.import_embeddings.SHARD_SAMPLES", 4)
+    for number in range(5):
+        write_parquet(
+            tmp_path / "parquet" / "p" / f"{number}.parquet", [f"{number}a", f"{number}b"], list(VALUES[2 * number :][:2])
+        )
+    store = run("official_parquet", tmp_path / "parquet")
+    assert [(entry["name"], entry["rows"]) for entry in store.manifest["shards"]] == [
+        ("official_lift-p-00000", 4),
+        ("official_lift-p-00001", 4),
+        ("official_lift-p-00002", 2),
+    ]
+    assert np.array_equal(store.rows(np.arange(10)), VALUES.astype(np.float16))
+
+
+def test_training_takes_an_imported_store_whatever_its_shards_are_called(
+    run: Import, pairs: Path, tiny_llm: Path, tmp_path: Path
+) -> None:
+    shards = read_sources([SourceSettings(kind="webdataset", path=str(pairs))], DropLedger())
+    keyed = [pair for shard in shards for pair in shard.keyed_captions()]
+    np.save(tmp_path / "a.npy", np.tile(VALUES, (5, 1))[: len(keyed)])
+    (tmp_path / "keys.jsonl").write_text("".join(json.dumps({"key": key, "caption": text}) + "\n" for key, text in keyed))
+    store = run("npy", tmp_path / "a.npy", key_file=tmp_path / "keys.jsonl", key_format="jsonl")
+    assert store.manifest["imported_from"] == "npy"
+    assert is_store_of(store.folder, shards, TextEncoderSettings(kind="causal_lm", path=str(tiny_llm)))
+    found = np.concatenate([store.match(shard.name, *shard.caption_keys_and_hashes()) for shard in shards])
+    assert np.array_equal(found, np.arange(len(keyed)))
 
 
 @pytest.mark.parametrize("kind", ["npy", "safetensors"])

@@ -59,6 +59,7 @@ def test_killed_at_any_instant_in_ten_trials(pairs: Path, tiny_llm: Path, tmp_pa
         process.start()
         return process
 
+    started(replace(settings, out=tmp_path / "first", embeddings=None)).join()  # starts the server of processes, too
     start = time.monotonic()
     whole = started(settings)
     whole.join()

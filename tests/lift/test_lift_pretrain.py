@@ -23,7 +23,7 @@ from lift.settings import (
     ClipTextSettings,
     SourceSettings,
 )
-from lift.store import EmbeddingStore
+from lift.store import EmbeddingStore, text_hashes
 from lift.text_side import clip_tokenizer
 from lift.train import learning_rate_at, pretrain
 from lift.transforms import TextTransform
@@ -165,6 +165,21 @@ def test_encoder_folder_loads_in_plain_transformers(pairs: Path, tiny_llm: Path,
     assert features.shape == (2, texts.shape[1])
     np.testing.assert_allclose(np.linalg.norm(features, axis=1), 1, atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(texts, axis=1), 1, atol=1e-5)
+
+
+def test_joint_space_has_the_dimensions_of_the_text_transform(pairs: Path, tiny_llm: Path, tmp_path: Path) -> None:
+    """The transform in the encoder folder is the one fitted on the store, and evaluation applies it."""
+    settings = tiny_pretrain(pairs, tiny_llm, tmp_path / "run")
+    pretrain(replace(settings, text_transform=TextTransformSettings(kind="whiten", dimensions=8, shrinkage=0.1)))
+    encoder = load_encoder(tmp_path / "run" / "encoder")
+    store = EmbeddingStore(tmp_path / "run" / "embeddings")
+    (saved,) = (store.folder / "transforms").glob("*.safetensors")
+    assert saved.stem in store.manifest["transforms"]
+    assert all(torch.equal(tensor, load_file(saved)[name]) for name, tensor in encoder.text_transform.state_dict().items())
+    assert encoder.encode_images([noise_image(3)]).shape == (1, encoder.embedding_dim) == (1, 8)
+    row = store.match("webdataset-00000", ["webdataset/000000000#0"], text_hashes(["picture number 000000000"]))
+    expected = encoder.text_transform(torch.from_numpy(store.rows(row)))
+    np.testing.assert_allclose(encoder.encode_texts(["picture number 000000000"]), expected, atol=1e-3)
 
 
 def test_encoder_whose_text_encoder_changed_is_refused(pairs: Path, tiny_llm: Path, tmp_path: Path) -> None:
