@@ -123,28 +123,34 @@ class StepSampler(Sampler[list[tuple[int, int, int]]]):
         return len(self.steps)
 
 
-def make_loader(
-    pairs: Pairs, settings: PretrainSettings, text_side: TextSide, steps: range, rank: int, world: int
-) -> DataLoader:
-    """Loader over the batches of `steps`, in order."""
+@dataclass
+class Collate:
+    """Items of a batch to the batch; an object, so that it can be sent to processes that are not forked."""
 
-    def collate(items: list[dict[str, Any]]) -> Batch:
+    text_side: TextSide
+
+    def __call__(self, items: list[dict[str, Any]]) -> Batch:
         numbers, keys = np.array([item["caption_number"] for item in items]), [item["key"] for item in items]
         readable = np.array([item["fault"] is None for item in items])
         return Batch(
             # default_collate stacks straight into memory shared with the main process
             pixels_B3HW=default_collate([item["pixels"] for item in items]).permute(0, 3, 1, 2),
-            text=text_side(items[0]["step"], numbers, keys, [item["caption"] for item in items]),
-            valid_B=torch.from_numpy(readable & text_side.is_usable(numbers)),
+            text=self.text_side(items[0]["step"], numbers, keys, [item["caption"] for item in items]),
+            valid_B=torch.from_numpy(readable & self.text_side.is_usable(numbers)),
             keys=keys,
             faults=[(item["key"], "undecodable image", item["fault"]) for item in items if item["fault"]],
         )
 
+
+def make_loader(
+    pairs: Pairs, settings: PretrainSettings, text_side: TextSide, steps: range, rank: int, world: int
+) -> DataLoader:
+    """Loader over the batches of `steps`, in order."""
     return DataLoader(
         PairDataset(pairs, settings),
         batch_sampler=StepSampler(settings, len(pairs), steps, rank, world),
         num_workers=settings.workers,
-        collate_fn=collate,
+        collate_fn=Collate(text_side),
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=4 if settings.workers else None,
     )

@@ -58,6 +58,9 @@ class EmbeddingStore:
         self._starts = np.cumsum([0] + [entry["rows"] for entry in self.manifest["shards"]])
         self._shard = lru_cache(OPEN_SHARDS)(self._open)
 
+    def __reduce__(self) -> tuple[type[EmbeddingStore], tuple[Path]]:
+        return EmbeddingStore, (self.folder,)  # another process maps the files anew
+
     def __len__(self) -> int:
         return int(self._starts[-1])
 

@@ -22,6 +22,7 @@ from lift.run_folder import checkpoints
 from lift.settings import (
     ClipTextSettings,
     SourceSettings,
+    TextTransformSettings,
 )
 from lift.store import EmbeddingStore, text_hashes
 from lift.text_side import clip_tokenizer
