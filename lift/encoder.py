@@ -136,9 +136,9 @@ class Encoder:
                 f"{text['revision'][:12]}, found {found[:12]}. Put that text encoder back."
             )
         encoder = load_text_encoder(settings)
-        if encoder.dimension != self.embedding_dim:
+        if encoder.dimension != self.text_transform.dimension:
             raise UserError(
-                f"{self.folder}: the encoder has {self.embedding_dim} dimensions, its text encoder "
+                f"{self.folder}: was aligned to embeddings of {self.text_transform.dimension} dimensions, its text encoder "
                 f"{text['path'] or text['kind']} has {encoder.dimension}. "
                 "Import it again with the text encoder that it was aligned to."
             )

@@ -6,6 +6,7 @@ Here one is found, loaded and described; `batching.py` is what they share, and e
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +58,18 @@ def describe_text_encoder(settings: TextEncoderSettings) -> dict[str, Any]:
     """
     kind, folder = _resolve(settings)
     files = sorted({file for pattern in REVISION_FILES for file in folder.glob(pattern)})
-    revision = sha256_text(json.dumps([f"{file.relative_to(folder)} {sha256_file(file)}" for file in files]))
+    hashes = [f"{file.relative_to(folder)} {_hash_once(file, file.stat().st_size, file.stat().st_mtime_ns)}" for file in files]
+    revision = sha256_text(json.dumps(hashes))
     described: dict[str, Any] = {"kind": kind, "path": settings.path, "revision": revision, "prompt": settings.prompt}
     described |= {"max_length": settings.max_length, "precision": resolve_precision(settings.precision)}
     described |= {"normalise": settings.normalise}
     return described | ({"pooling": settings.pooling} if kind == "causal_lm" else {})
+
+
+@cache
+def _hash_once(file: Path, size: int, written: int) -> str:
+    """Of a file that is the same as at the last call: the weights of an LLM take a minute to read."""
+    return sha256_file(file)
 
 
 def _resolve(settings: TextEncoderSettings) -> tuple[str, Path]:
