@@ -235,7 +235,7 @@ def is_store_of(
     wanted = describe_text_encoder(text_encoder) | ({"dtype": dtype} if dtype else {})
     found = manifest["encoder"] | {"dtype": manifest["dtype"]}
     if text_encoder.precision == "auto":  # what it means here may not be what it meant where the store was made
-        wanted.pop("precision")
+        wanted.pop("precision", None)
     different = [key for key in wanted if found.get(key) != wanted[key]]
     if different:
         raise UserError(

@@ -381,8 +381,8 @@ class PretrainSettings:
     """Recompute activations in the backward pass: less memory, a third more time."""
     compile: bool = False
     """torch.compile the model."""
-    loss_tile: int = 2048
-    """Columns of the logits in memory at a time."""
+    loss_tile: int = 1024
+    """Rows and columns of the logits in memory at a time."""
     seed: int = 0
     """Seeds the weights, the sample order, the crops and the choice of captions."""
     workers: int = 1

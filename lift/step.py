@@ -17,15 +17,7 @@ from torch import Tensor
 
 from lift.data import Batch
 from lift.images import normalise
-from lift.loss import (
-    Gathered,
-    Negatives,
-    clip_loss,
-    cosine_loss,
-    fixed_text_contrastive_loss,
-    sigmoid_loss,
-    start_gather,
-)
+from lift.losses import Negatives, TextGather, clip_loss, contrastive_loss, cosine_loss, sigmoid_loss, start_gather
 from lift.model import ClipModel, Features, LiftModel, kept_patches
 from lift.settings import PretrainSettings
 
@@ -89,15 +81,16 @@ class TrainingStep:
 
     def _loss(self, features: Features, fixed: _FixedText | None, valid_B: Tensor) -> Tensor:
         image_BD, text_BD, log_scale_1, bias_1 = features
+        tile = self.settings.loss_tile
         if fixed is None:
             assert text_BD is not None
-            return clip_loss(image_BD, text_BD, log_scale_1, valid_B)
+            return clip_loss(image_BD, text_BD, log_scale_1, valid_B, rows=len(valid_B), tile=tile)
         if self.settings.objective == "cosine":
             return cosine_loss(image_BD, fixed.text_BD, valid_B)
-        arguments: dict[str, Any] = {"negatives": fixed.negatives, "tile": self.settings.loss_tile}
+        text = fixed.gather.wait()
         if bias_1 is not None:
-            return sigmoid_loss(image_BD, fixed.gathered, log_scale_1, bias_1, valid_B, **arguments)
-        return fixed_text_contrastive_loss(image_BD, fixed.gathered, log_scale_1, valid_B, **arguments)
+            return sigmoid_loss(image_BD, text, log_scale_1, bias_1, fixed.negatives, tile)
+        return contrastive_loss(image_BD, text, log_scale_1, fixed.negatives, tile)
 
 
 class _FixedText:
@@ -106,7 +99,7 @@ class _FixedText:
     def __init__(self, model: LiftModel, text: dict[str, Tensor], valid_B: Tensor) -> None:
         with torch.no_grad():
             self.text_BD = model.text_features(text["embeddings"])
-            self.gathered: Gathered = start_gather(self.text_BD, valid_B)
+            self.gather: TextGather = start_gather(self.text_BD, valid_B, rows=len(valid_B))
             bank_ND = model.text_features(text["bank"]) if "bank" in text else None
             hard_BKD = model.text_features(text["hard"]) if "hard" in text else None
         has_more = bank_ND is not None or hard_BKD is not None

@@ -95,6 +95,8 @@ def open_accelerator(settings: PretrainSettings) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision="bf16" if settings.precision == "bf16" else "no", cpu=not torch.cuda.is_available()
     )
+    if settings.precision == "bf16":
+        torch.set_float32_matmul_precision("high")  # of the loss, which autocast leaves alone
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != launched:
         raise UserError(
