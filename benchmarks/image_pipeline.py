@@ -33,7 +33,7 @@ from torchvision.transforms import functional
 
 from lift.common.images import decode_rgb
 from lift.images import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, crop_box, normalise, random_resized_crop
-from lift.sources import ImageLocation
+from lift.sources.samples import ImageLocation
 
 SCALE = (0.9, 1.0)
 SUFFIXES = (".jpg", ".jpeg")
@@ -150,9 +150,9 @@ def find_files(sources: list[Path]) -> list[ImageLocation]:
             if path.suffix == ".tar":
                 with tarfile.open(path, "r:") as archive:
                     members = [member for member in archive if member.isfile() and member.name.lower().endswith(SUFFIXES)]
-                files += [ImageLocation(path, member.offset_data, member.size) for member in members]
+                files += [ImageLocation(str(path), member.offset_data, member.size) for member in members]
             elif path.suffix.lower() in SUFFIXES:
-                files.append(ImageLocation(path))
+                files.append(ImageLocation(str(path)))
     return files
 
 
@@ -169,7 +169,7 @@ def make_photos(folder: Path, count: int) -> list[ImageLocation]:
         pixels = np.clip(128 + 50 * levels / levels.std(), 0, 255).astype(np.uint8).transpose(1, 2, 0)
         path = folder / f"{number:04d}.jpg"
         Image.fromarray(np.ascontiguousarray(pixels)).save(path, quality=90)
-        files.append(ImageLocation(path))
+        files.append(ImageLocation(str(path)))
     return files
 
 
