@@ -152,5 +152,5 @@ def make_loader(
         num_workers=settings.workers,
         collate_fn=Collate(text_side),
         pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if settings.workers else None,
+        prefetch_factor=2 if settings.workers else None,
     )

@@ -24,7 +24,7 @@ from lift.settings import EmbedSettings, TextEncoderSettings
 from lift.sources import read_sources
 from lift.store import EmbeddingStore, StoreDtype, StoreWriter, storable, text_hash
 from lift.store.shard_file import Drop, ShardFile, read_shard_file
-from lift.text_encoders import TextEncoder, describe_text_encoder, load_text_encoder
+from lift.text_encoders import TextEncoder, describe_text_encoder, different_encoder, load_text_encoder
 
 
 class CaptionShard(Protocol):
@@ -232,15 +232,14 @@ def is_store_of(
     if not (folder / "manifest.json").is_file():
         return False
     manifest = EmbeddingStore(folder).manifest
-    wanted = describe_text_encoder(text_encoder) | ({"dtype": dtype} if dtype else {})
-    found = manifest["encoder"] | {"dtype": manifest["dtype"]}
-    if text_encoder.precision == "auto":  # what it means here may not be what it meant where the store was made
-        wanted.pop("precision", None)
-    different = [key for key in wanted if found.get(key) != wanted[key]]
+    different = different_encoder(text_encoder, manifest["encoder"])
+    if dtype and manifest["dtype"] != dtype:
+        different["dtype"] = dtype
     if different:
+        found = manifest["encoder"] | {"dtype": manifest["dtype"]}
         raise UserError(
             f"{folder}: the embedding store was made with { {key: found.get(key) for key in different} }, but this run asks "
-            f"for { {key: wanted[key] for key in different} }. Give another folder, or the settings of the store."
+            f"for {different}. Give another folder, or the settings of the store."
         )
     missing = {shard.name for shard in shards} - {entry["name"] for entry in manifest["shards"]}
     if missing and manifest["imported_from"] is None:  # imported shards are cut as they came; keys are matched later

@@ -121,7 +121,7 @@ class Encoder:
     @cached_property
     def _text_encoder(self) -> Any:
         text = self.config["text"]
-        if text["revision"] is None:
+        if text["path"] is None and text["revision"] is None:
             raise UserError(
                 f"{self.folder}: was imported without its text encoder, so that it embeds images only. Import it again with "
                 "--text_encoder.kind, --text_encoder.path and --text_encoder.max_length; the published LIFT checkpoints were "
@@ -130,7 +130,7 @@ class Encoder:
         known = {field.name for field in fields(TextEncoderSettings)}
         settings = TextEncoderSettings(**{name: value for name, value in text.items() if name in known})
         found = describe_text_encoder(settings)["revision"]
-        if found != text["revision"]:
+        if text["revision"] is not None and found != text["revision"]:
             raise UserError(
                 f"{self.folder}: was aligned to the text encoder {text['path'] or text['kind']} with revision "
                 f"{text['revision'][:12]}, found {found[:12]}. Put that text encoder back."

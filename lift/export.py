@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -23,7 +23,7 @@ from lift.images import image_processor
 from lift.model import clip_text_config, vision_config
 from lift.model_card import model_card
 from lift.official import PREPROCESSING, to_official, write_checkpoint
-from lift.run_folder import FREE_TO_CHANGE, TEXT_ENCODER, TOKENIZER, checkpoints
+from lift.run_folder import BEST, FREE_TO_CHANGE, TEXT_ENCODER, TOKENIZER, checkpoints
 from lift.settings import ExportSettings, PretrainSettings, given
 
 FORMAT = 1
@@ -49,19 +49,16 @@ def export(settings: ExportSettings) -> None:
     print(f"{out}: encoder of {settings.run}")
 
 
-def export_encoder(run: Path, out: Path, step: int | None = None) -> None:
-    """Writes the encoder folder of checkpoint `step` (the newest by default).
+def export_encoder(run: Path, out: Path, step: int | Literal["best"] | None = None) -> None:
+    """Writes the encoder folder of checkpoint `step` (the newest by default, or the one with the best validation).
 
     Raises:
         UserError: not a run folder, or no such checkpoint.
     """
     file = require_file(run / "config.yaml", "the settings of a run folder (lift pretrain)")
     settings = parse_settings(PretrainSettings, ["--config", str(file)], "lift export", "")
-    found = {int(path.name.removeprefix("step_")): path for path in checkpoints(run)}
-    chosen = max(found, default=None) if step is None else step
-    if chosen not in found:
-        raise UserError(f"{run}: no checkpoint {'' if step is None else step}; it has {sorted(found) or 'none'}.")
-    state = load_file(found[chosen] / "model.safetensors")
+    chosen, checkpoint = _checkpoint(run, step)
+    state = load_file(checkpoint / "model.safetensors")
     text_tower: tuple[CLIPTextConfig, PreTrainedTokenizerBase | None] | None = None
     text: dict[str, Any] = {"kind": "clip_text_tower"}
     if settings.objective == "clip":
@@ -80,6 +77,18 @@ def export_encoder(run: Path, out: Path, step: int | None = None) -> None:
         "recipe": _recipe(settings),
     }
     write_encoder_folder(out, state, vision_config(settings.vision), text_tower, description)
+
+
+def _checkpoint(run: Path, step: int | Literal["best"] | None) -> tuple[int, Path]:
+    """Number and folder of a checkpoint."""
+    if step == "best":
+        state = read_json(run / "checkpoints" / BEST / "state.json", "the best checkpoint of a run with validation")
+        return state["step"], run / "checkpoints" / BEST
+    found = {int(path.name.removeprefix("step_")): path for path in checkpoints(run)}
+    chosen = max(found, default=None) if step is None else step
+    if chosen is None or chosen not in found:
+        raise UserError(f"{run}: no checkpoint {'' if step is None else step}; it has {sorted(found) or 'none'}.")
+    return chosen, found[chosen]
 
 
 def _recipe(settings: PretrainSettings) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from lift.settings import ImportEmbeddingsSettings
 from lift.sources import SHARD_SAMPLES
 from lift.sources.webdataset import IMAGE_SUFFIXES
 from lift.store import EmbeddingStore, StoreWriter, storable
-from lift.text_encoders import describe_text_encoder
+from lift.text_encoders import describe_without_loading
 
 ROWS_PER_SHARD = 32_768
 """Of an array; half a gigabyte of float32 at 4096 dimensions."""
@@ -68,7 +68,7 @@ def import_embeddings(settings: ImportEmbeddingsSettings) -> None:
     assert settings.text_encoder is not None
     with ExitStack() as stack:
         source = _official(settings) if settings.kind == "official_parquet" else _array(settings, stack)
-        encoder = describe_text_encoder(settings.text_encoder)
+        encoder = describe_without_loading(settings.text_encoder)
         writer = StoreWriter(
             settings.out, encoder, source.dimension, settings.dtype, source.captions_known, imported_from=settings.kind
         )

@@ -16,7 +16,7 @@ from lift.export import write_encoder_folder
 from lift.model import ClipModel, LiftModel
 from lift.official import Architecture, from_official, read_architecture, read_checkpoint
 from lift.settings import ClipTextSettings, ImportSettings, given
-from lift.text_encoders import describe_text_encoder
+from lift.text_encoders import describe_without_loading
 from lift.text_side import clip_tokenizer
 from lift.transforms import TextTransform
 
@@ -86,7 +86,7 @@ def _objective(found: Architecture, state: Mapping[str, Tensor]) -> str:
 def _text(settings: ImportSettings) -> dict[str, Any]:
     """The text encoder given, or the published one, of which no copy is known (revision null)."""
     if settings.text_encoder is not None:
-        return describe_text_encoder(settings.text_encoder)
+        return describe_without_loading(settings.text_encoder)
     return {"kind": "nv_embed", "path": None, "revision": None, "prompt": "", "max_length": None}
 
 

@@ -430,8 +430,8 @@ class ExportSettings:
     """Encoder folder, or checkpoint file (.pt), to write."""
     format: Literal["folder", "official"] = "folder"
     """folder: CLIPVisionModel with head and model card; official: a checkpoint as the official LIFT code loads it."""
-    step: int | None = None
-    """Checkpoint to export; the newest by default."""
+    step: int | Literal["best"] | None = None
+    """Checkpoint to export; the newest by default, best for the one with the best validation."""
 
     def __post_init__(self) -> None:
         given(self.out, "out")

@@ -35,9 +35,10 @@ class TrainingStep:
         device = self.accelerator.device
         text = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.text.items()}
         fixed = _FixedText(self.model, text, batch.valid_B.to(device)) if isinstance(self.model, LiftModel) else None
+        kept_BK = kept_patches(self.settings, step, self.accelerator.process_index, self.accelerator.num_processes)
         inputs = {
             "pixel_values_B3HW": batch.pixels_B3HW.to(device, non_blocking=True),
-            "kept_BK": kept_patches(self.settings, step, self.accelerator.process_index, self.accelerator.num_processes),
+            "kept_BK": None if kept_BK is None else kept_BK.to(device, non_blocking=True),
             "tokens": None if fixed else text,
         }
         parts = list(self._parts(inputs, len(batch.keys)))

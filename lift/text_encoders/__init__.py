@@ -24,7 +24,14 @@ from lift.text_encoders.causal_lm import CausalLMEncoder
 from lift.text_encoders.nv_embed import NVEmbedEncoder
 from lift.text_encoders.sentence_transformer import SentenceTransformerEncoder
 
-__all__ = ["Encoded", "TextEncoder", "describe_text_encoder", "load_text_encoder"]
+__all__ = [
+    "Encoded",
+    "TextEncoder",
+    "describe_text_encoder",
+    "describe_without_loading",
+    "different_encoder",
+    "load_text_encoder",
+]
 
 ENCODERS: dict[str, Any] = {
     "minilm": SentenceTransformerEncoder,
@@ -57,9 +64,43 @@ def describe_text_encoder(settings: TextEncoderSettings) -> dict[str, Any]:
     settings of the same encoder again.
     """
     kind, folder = _resolve(settings)
+    return _describe(settings, kind, _revision(folder))
+
+
+def describe_without_loading(settings: TextEncoderSettings) -> dict[str, Any]:
+    """As `describe_text_encoder`, but a model that is not on this machine is not fetched: its revision is None.
+
+    Embeddings that are there, made here or elsewhere, are used without their model.
+
+    Raises:
+        UserError: kind auto of a model that is not here to say what it is.
+    """
+    if settings.path is None or Path(settings.path).is_dir() or _is_downloaded(settings.path):
+        return describe_text_encoder(settings)
+    if settings.kind == "auto":
+        raise UserError(f"text_encoder.kind: {settings.path} is not on this machine to say what it is. Give its kind.")
+    return _describe(settings, settings.kind, None)
+
+
+def different_encoder(settings: TextEncoderSettings, found: dict[str, Any]) -> dict[str, Any]:
+    """What `settings` ask for that the description `found`, of a store, says otherwise; empty for the same encoder.
+
+    The revision decides whether it is the same model, wherever it lies; where one side does not know it, the path does.
+    """
+    wanted = describe_without_loading(settings)
+    left_out = {"path"} if wanted["revision"] and found.get("revision") else {"revision"}
+    if settings.precision == "auto":  # what it means here may not be what it meant where the store was made
+        left_out.add("precision")
+    return {name: value for name, value in wanted.items() if name not in left_out and found.get(name) != value}
+
+
+def _revision(folder: Path) -> str:
     files = sorted({file for pattern in REVISION_FILES for file in folder.glob(pattern)})
     hashes = [f"{file.relative_to(folder)} {_hash_once(file, file.stat().st_size, file.stat().st_mtime_ns)}" for file in files]
-    revision = sha256_text(json.dumps(hashes))
+    return sha256_text(json.dumps(hashes))
+
+
+def _describe(settings: TextEncoderSettings, kind: str, revision: str | None) -> dict[str, Any]:
     described: dict[str, Any] = {"kind": kind, "path": settings.path, "revision": revision, "prompt": settings.prompt}
     described |= {"max_length": settings.max_length, "precision": resolve_precision(settings.precision)}
     described |= {"normalise": settings.normalise}
@@ -105,6 +146,14 @@ def _model_folder(path: str) -> Path:
         return Path(snapshot_download(path))
     except (OSError, ValueError) as error:
         raise UserError(f"text_encoder.path {path}: no such folder, and no model of that name: {_first_line(error)}") from error
+
+
+def _is_downloaded(name: str) -> bool:
+    try:
+        snapshot_download(name, local_files_only=True)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _first_line(error: Exception) -> str:

@@ -176,7 +176,9 @@ class CountingEncoder:
 def encoder(monkeypatch: pytest.MonkeyPatch) -> CountingEncoder:
     counting = CountingEncoder()
     monkeypatch.setattr("lift.embed.load_text_encoder", lambda settings: counting)
-    monkeypatch.setattr("lift.embed.describe_text_encoder", lambda settings: {"kind": "counting"})
+    description = {"kind": "counting", "revision": "1"}
+    monkeypatch.setattr("lift.embed.describe_text_encoder", lambda settings: description)
+    monkeypatch.setattr("lift.text_encoders.describe_without_loading", lambda settings: description)
     return counting
 
 

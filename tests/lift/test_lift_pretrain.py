@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,12 +18,17 @@ from tiny import encoded, noise_image, tiny_pretrain, write_tar
 
 from lift.common.errors import UserError
 from lift.encoder import load_encoder
+from lift.import_embeddings import import_embeddings
 from lift.model import build_clip, build_lift
 from lift.run_folder import checkpoints
 from lift.settings import (
     ClipTextSettings,
+    ImportEmbeddingsSettings,
+    PretrainSettings,
     SourceSettings,
+    TextEncoderSettings,
     TextTransformSettings,
+    VisionSettings,
 )
 from lift.store import EmbeddingStore, text_hashes
 from lift.text_side import clip_tokenizer
@@ -244,3 +250,35 @@ def test_failed_start_does_not_bind_the_folder(pairs: Path, tiny_llm: Path, tmp_
 def test_tokenizer_that_does_not_end_captions_is_refused(tiny_llm: Path) -> None:
     with pytest.raises(UserError, match="does not end a caption"):
         clip_tokenizer(ClipTextSettings(tokenizer=tiny_llm), [])
+
+
+def test_official_data_and_embeddings_train_without_their_text_encoder(shared: Path, tmp_path: Path) -> None:
+    """The official layout end to end: the loader there drops images over 50,000 bytes, here they count."""
+    layout = shared / "fixtures" / "official_layout"
+    expected = json.loads((layout / "expected.json").read_text())
+    (tmp_path / "captions").mkdir()
+    for folder in sorted((layout / "images").iterdir()):
+        keys = [path.stem for path in sorted(folder.iterdir())]
+        table = pa.table({"key": keys, "re_caption": [f"long {key}" for key in keys], "extension": ["jpg"] * len(keys)})
+        pq.write_table(table, tmp_path / "captions" / f"{folder.name}.parquet")
+    encoder = TextEncoderSettings(kind="nv_embed", path="not/on-this-machine")
+    embeddings = layout / "caption_embeddings"
+    import_embeddings(
+        ImportEmbeddingsSettings(
+            kind="official_parquet", path=embeddings, out=tmp_path / "store", text_encoder=encoder, max_drop_fraction=0.2
+        )
+    )
+    source = SourceSettings(kind="official_lift", path=str(tmp_path / "captions"), images=str(layout / "images"))
+    settings = PretrainSettings(
+        data=[source], out=tmp_path / "run", embeddings=tmp_path / "store", text_encoder=encoder, captions="first",
+        vision=VisionSettings(image_size=32, patch_size=16, width=32, layers=1, heads=2), batch_size=4, workers=0,
+        max_drop_fraction=0.3,
+    )  # fmt: skip
+    pretrain(settings)
+    finished = json.loads((settings.out / "finished.json").read_text())
+    assert finished["dropped"] == {"no embedding of a caption": 2, "undecodable image": 2}
+    dropped = {json.loads(line)["key"].rpartition("/")[2] for line in (settings.out / "dropped.jsonl").read_text().splitlines()}
+    skipped = {name for name, rule in expected["rule"].items() if rule.startswith("skip") and "50000" not in rule}
+    assert {f"{key}.jpg" for key in dropped} == skipped
+    with pytest.raises(UserError, match=r"made with \{'kind': 'nv_embed'"):
+        pretrain(replace(settings, out=tmp_path / "other", text_encoder=replace(encoder, kind="causal_lm")))

@@ -19,6 +19,7 @@ from lift.common.errors import UserError
 from lift.common.ledger import DropLedger
 from lift.data import Pairs, make_loader
 from lift.embed import embed
+from lift.export import export_encoder
 from lift.model import kept_patches, mean_patch_feature, parameter_groups
 from lift.run_folder import checkpoints
 from lift.settings import EmbedSettings, NegativeSettings, PretrainSettings, SourceSettings, ValidationSettings
@@ -178,6 +179,8 @@ def test_validation_is_logged_and_the_best_checkpoint_kept(pairs: Path, tiny_llm
         last = load_file(checkpoints(settings.out)[-1] / "model.safetensors")
         kept = load_file(settings.out / "checkpoints" / "best" / "model.safetensors")
         assert all(torch.equal(last[name], kept[name]) for name in last)
+    export_encoder(settings.out, tmp_path / "best", "best")
+    assert json.loads((tmp_path / "best" / "lift_config.json").read_text())["step"] == best["step"]
     if objective != "clip":
         assert len(EmbeddingStore(settings.out / "validation_embeddings")) == 24
 
