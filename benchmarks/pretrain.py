@@ -76,7 +76,7 @@ SCALES = {
         dimension=384,
         precision="fp32",
         batch_size=16,
-        steps=4,
+        steps=3,
     ),
     "paper": Scale(VisionSettings(), ClipTextSettings(), dimension=4096, precision="bf16", batch_size=256, steps=20),
 }
@@ -217,7 +217,7 @@ def make_inputs(folder: Path, scale: Scale, tars: Path | None, batch_size: int) 
     There are as many words as fill its vocabulary when most of them become one token.
     """
     random = np.random.default_rng(0)
-    letters = random.integers(ord("a"), ord("z") + 1, (scale.clip_text.vocabulary_size // 4, 7), dtype=np.uint8)
+    letters = random.integers(ord("a"), ord("z") + 1, (3 * scale.clip_text.vocabulary_size // 8, 7), dtype=np.uint8)
     words = [row.tobytes().decode() for row in letters]
     clip_tokenizer(scale.clip_text, words).save_pretrained(folder / "tokenizer")
     if tars is None:
