@@ -1,13 +1,20 @@
-"""Every shipped recipe loads with the settings it is for, and the CLIP recipes are those of LIFT but for the text side."""
+"""Every shipped recipe loads with the settings it is for, and the CLIP recipes are those of LIFT but for the text side.
+
+The costs that the README estimates of the official recipes follow from the FLOPs of their models.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from lift.common.settings import parse_settings
+from lift.flops import training_flops
 from lift.settings import EmbedSettings, PretrainSettings
 from lmm.settings import FinetuneSettings
 
@@ -15,20 +22,88 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 SETTINGS = {"embed": EmbedSettings, "lift": PretrainSettings, "clip": PretrainSettings, "llava": FinetuneSettings}
 TEXT_SIDE = {"objective", "embeddings", "text_encoder", "clip_text", "out"}
+OFFICIAL = ("lift_short", "lift_long", "clip_short", "clip_long")
+HALF_AN_H100 = 0.5 * 989e12
+"""FLOP/s: half of what NVIDIA states for dense bf16."""
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("LIFT_DATA", "CLIP_TOKENIZER"):
+        monkeypatch.setenv(name, f"/{name.lower()}")
+    for name in ("LIFT_DEMO", "LIFT_EMBEDDINGS", "NV_EMBED"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def load(recipe: str, *arguments: str) -> Any:
+    settings = SETTINGS[Path(recipe).stem.partition("_")[0]]
+    return parse_settings(settings, ["--config", str(CONFIGS / recipe), *arguments], recipe, "")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_recipe_loads(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LIFT_DATA", "/data")
-    name = Path(recipe).stem.partition("_")[0]
-    settings = parse_settings(SETTINGS[name], ["--config", str(CONFIGS / recipe)], recipe, "")
-    assert "runs/" in str(settings.out)
+def test_recipe_loads(recipe: str) -> None:
+    assert str(load(recipe).out).startswith("runs/")
 
 
-@pytest.mark.parametrize("folder", sorted({Path(recipe).parent.as_posix() for recipe in RECIPES}))
-def test_clip_recipe_is_like_for_like(folder: str) -> None:
-    lift, clip = (yaml.safe_load((CONFIGS / folder / f"{name}.yaml").read_text()) for name in ("lift", "clip"))
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if Path(recipe).name.startswith("clip")])
+def test_clip_recipe_is_like_for_like(recipe: str) -> None:
+    other = recipe.replace("/clip", "/lift")
+    lift, clip = (yaml.safe_load((CONFIGS / name).read_text()) for name in (other, recipe))
+    if recipe.startswith("official/"):  # the official baseline is not clipped
+        assert (lift.pop("gradient_clip"), clip.pop("gradient_clip", 0)) == (1.0, None)
     assert {key: lift.get(key) for key in lift.keys() - TEXT_SIDE} == {key: clip.get(key) for key in clip.keys() - TEXT_SIDE}
+
+
+def test_official_recipes_are_the_defaults_but_for_size_and_cost() -> None:
+    """The defaults of `lift pretrain` are the official recipe's; a recipe that spells them out must not drift from them."""
+    spelt = {
+        "data",
+        "out",
+        "embeddings",
+        "text_encoder",
+        "captions",
+        "batch_size",
+        "precision",
+        "gradient_checkpointing",
+        "workers",
+    }
+    short, long = load("official/lift_short.yaml"), load("official/lift_long.yaml")
+    for settings in (short, long):
+        plain = PretrainSettings(data=settings.data, out=settings.out)
+        changed = {
+            field.name for field in dataclasses.fields(settings) if getattr(settings, field.name) != getattr(plain, field.name)
+        }
+        assert changed == spelt - {"data", "out"}
+        assert settings.batch_size == 16384
+    assert (short.text_encoder.max_length, long.text_encoder.max_length) == (77, 323)
+
+
+def test_official_embeddings_are_those_that_the_official_recipes_train_on() -> None:
+    """The long ones by the command in the recipe's comment."""
+    text = (CONFIGS / "official" / "embed_nvembed.yaml").read_text()
+    assert "--max-length 323 --out ${LIFT_EMBEDDINGS:-runs/official/embeddings}/long" in text
+    source = re.search(r'--data "(.*)"', text)
+    assert source is not None
+    long = ["--max-length", "323", "--out", "runs/official/embeddings/long"]
+    long += ["--data", source[1].replace("$LIFT_DATA", "/lift_data")]
+    for name, arguments in (("short", []), ("long", long)):
+        embed, lift = load("official/embed_nvembed.yaml", *arguments), load(f"official/lift_{name}.yaml")
+        assert (embed.out, embed.data, embed.text_encoder) == (lift.embeddings, lift.data, lift.text_encoder)
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_estimated_cost_follows_from_the_flops(name: str) -> None:
+    settings = load(f"official/{name}.yaml")
+    if settings.objective == "clip":
+        text = settings.clip_text
+        flops = training_flops(settings.vision, text.embedding_dim, text, text.context_length)
+    else:
+        flops = training_flops(settings.vision, 4096, None)
+    row = next(
+        line for line in (CONFIGS / "README.md").read_text().splitlines() if line.startswith(f"| `official/{name}.yaml`")
+    )
+    hours = 1e9 * flops / HALF_AN_H100 / 3600
+    assert [cell.strip() for cell in row.split("|")[-4:-1]] == [f"{flops / 1e9:.2f}", f"{hours:.1f}", f"{hours * 4 / 3:.1f}"]
 
 
 def test_every_recipe_stands_in_the_readme() -> None:
