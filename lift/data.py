@@ -5,6 +5,7 @@ The crop and the choice of caption are seeded by (seed, epoch, item), so a batch
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -142,6 +143,11 @@ class Collate:
         )
 
 
+def _outlive_preemption(worker: int) -> None:
+    """A scheduler's SIGTERM reaches the workers too, whose batches the main process needs to save its step in order."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def make_loader(
     pairs: Pairs, settings: PretrainSettings, text_side: TextSide, steps: range, rank: int, world: int
 ) -> DataLoader:
@@ -150,6 +156,7 @@ def make_loader(
         PairDataset(pairs, settings),
         batch_sampler=StepSampler(settings, len(pairs), steps, rank, world),
         num_workers=settings.workers,
+        worker_init_fn=_outlive_preemption,
         collate_fn=Collate(text_side),
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=2 if settings.workers else None,

@@ -9,6 +9,7 @@ import errno
 import importlib
 import sys
 import traceback
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +44,7 @@ def run_command(prog: str, commands: dict[str, Command], arguments: list[str] | 
         )
         module, function = command.target.split(":")
         run = getattr(importlib.import_module(module), function)
-        _quiet_transformers()
+        _quiet_libraries()
         run(settings)
     except UserError as error:
         # raised in a data loader's worker it arrives with that process's traceback before it
@@ -65,8 +66,9 @@ def run_command(prog: str, commands: dict[str, Command], arguments: list[str] | 
     return 0
 
 
-def _quiet_transformers() -> None:
+def _quiet_libraries() -> None:
     """Leaves the terminal to our own progress bars; what transformers would only warn of, the rooms check themselves."""
+    warnings.filterwarnings("ignore", category=FutureWarning)  # what libraries will rename is our matter, not the user's
     if "transformers" in sys.modules:
         logging = importlib.import_module("transformers.utils.logging")
         logging.set_verbosity_error()

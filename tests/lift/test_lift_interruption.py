@@ -87,14 +87,14 @@ def test_killed_at_any_instant_in_ten_trials(pairs: Path, tiny_llm: Path, tmp_pa
 def test_preemption_saves_and_asks_to_be_requeued(pairs: Path, tiny_llm: Path, tmp_path: Path) -> None:
     whole = replace(tiny_pretrain(pairs, tiny_llm, tmp_path / "whole", "clip"), epochs=20, checkpoint_every=1000)
     pretrain(whole)
-    settings = replace(whole, out=tmp_path / "cut", embeddings=None)
+    settings = replace(whole, out=tmp_path / "cut", embeddings=None, workers=2)
     save_settings(settings, tmp_path / "cut.yaml")
     command = [sys.executable, "-m", "lift", "pretrain", "--config", str(tmp_path / "cut.yaml")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not (settings.out / "metrics.jsonl").is_file() or len(rows_so_far(settings.out)) < 3:
         time.sleep(0.02)
         assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # torchrun and SLURM signal the loader's workers too
     _, message = process.communicate()
     assert process.returncode == 75
     assert "stopped: asked to end; saved step" in message.splitlines()[-1]
