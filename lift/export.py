@@ -45,7 +45,7 @@ def export(settings: ExportSettings) -> None:
         with tempfile.TemporaryDirectory() as temporary:
             encoder = Path(temporary) / "encoder"
             export_encoder(settings.run, encoder, settings.step)
-            export_official(encoder, out, name=settings.run.resolve().name)
+            export_official(encoder, out, settings.run)
     print(f"{out}: encoder of {settings.run}")
 
 
@@ -150,22 +150,27 @@ def _save_text_tower(
         tokenizer.save_pretrained(folder)
 
 
-def export_official(folder: Path, out: Path, name: str | None = None) -> None:
+def export_official(folder: Path, out: Path, run: Path | None = None) -> None:
     """Writes an encoder folder as a checkpoint of the official LIFT code (or of its CLIP baseline).
 
+    Args:
+        run: where the folder was exported from, for names and messages.
     Raises:
-        UserError: the official model cannot hold what the folder has (text transform), or would read it differently (a CLIP
-            text tower whose end token is not the largest id, where the official code pools).
+        UserError: the official model cannot hold what the folder has (text transform, the sigmoid objective's bias), or would
+            read it differently (a CLIP text tower whose end token is not the largest id, where the official code pools).
     """
+    named = run or folder
     if out.is_dir():
         raise UserError(f"{out}: is a folder; --format official writes one file. Give --out a file name (epoch_1.pt).")
     config = read_json(folder / "lift_config.json", "the description of an encoder folder (lift export)")
     clip = config["objective"] == "clip"
     if config["text_transform"] != "none":
         raise UserError(
-            f"{folder}: was aligned to text embeddings under the transform '{config['text_transform']}', which the official "
+            f"{named}: was aligned to text embeddings under the transform '{config['text_transform']}', which the official "
             "code does not apply. Export it with --format folder."
         )
+    if config["objective"] == "sigmoid":
+        raise UserError(f"{named}: trained by the sigmoid objective, whose bias the official model does not have.")
     weights = load_file(require_file(folder / "model.safetensors", "the weights of an encoder folder"))
     state = {f"vision.{key.removeprefix('vision_model.')}": tensor for key, tensor in weights.items()}
     head = load_file(require_file(folder / "lift_head.safetensors", "the head of an encoder folder"))
@@ -176,10 +181,10 @@ def export_official(folder: Path, out: Path, name: str | None = None) -> None:
         text = read_json(folder / "text_tower" / "config.json", "the text tower of a CLIP encoder folder")
         if text["eos_token_id"] != text["vocab_size"] - 1:
             raise UserError(
-                f"{folder}: its text feature is taken at token {text['eos_token_id']}, the official code takes it at the "
+                f"{named}: its text feature is taken at token {text['eos_token_id']}, the official code takes it at the "
                 f"largest id ({text['vocab_size'] - 1}). Only a CLIP trained with CLIP's own tokenizer can be exported."
             )
         state |= {f"text_tower.{key}": t for key, t in load_file(folder / "text_tower" / "model.safetensors").items()}
     imported = config.get("imported", {})
-    label = name or imported.get("name") or folder.resolve().name
+    label = imported.get("name") or named.resolve().name
     write_checkpoint(out, to_official(state, clip, folder), label, imported.get("epoch") or 0)

@@ -124,7 +124,13 @@ def test_run_exported_officially_and_imported_gives_identical_embeddings(
 def test_what_the_official_code_would_read_differently_is_not_exported(pairs: Path, tiny_llm: Path, tmp_path: Path) -> None:
     whitened = tiny_run(pairs, tiny_llm, tmp_path / "whiten", text_transform=TextTransformSettings(kind="whiten"))
     clip = tiny_run(pairs, tiny_llm, tmp_path / "clip", objective="clip")
-    for settings, message in ((whitened, "transform 'whiten'"), (clip, "takes it at the largest id")):
+    sigmoid = tiny_run(pairs, tiny_llm, tmp_path / "sigmoid", objective="sigmoid")
+    cases = (
+        (whitened, r"whiten(/encoder)?: was aligned.* 'whiten'"),
+        (clip, "takes it at the largest id"),
+        (sigmoid, "the sigmoid objective"),
+    )
+    for settings, message in cases:
         pretrain(settings)
         for folder in (settings.out, settings.out / "encoder"):
             with pytest.raises(UserError, match=message):
