@@ -34,7 +34,11 @@ class CaptionShard(Protocol):
     def name(self) -> str: ...
 
     def keyed_captions(self) -> list[tuple[str, str]]:
-        """(caption key, caption). The key is `KEY#POSITION` where a sample may have several captions."""
+        """(caption key, caption)."""
+        ...
+
+    def sample_of(self, caption_key: str) -> str:
+        """Key of the sample that the caption belongs to, for the drop ledger."""
         ...
 
 
@@ -164,7 +168,7 @@ def embed_shard(shard: CaptionShard, encoder: TextEncoder, writer: StoreWriter, 
     fits = storable(encoded.embeddings, writer.dtype)
     lost: dict[str, list[str]] = {}
     for number in np.flatnonzero(~fits):
-        lost.setdefault(_sample_of(keyed[number][0]), []).append(keyed[number][0])
+        lost.setdefault(shard.sample_of(keyed[number][0]), []).append(keyed[number][0])
     dropped = [(sample, "embedding not finite", ", ".join(keys)) for sample, keys in lost.items()]
     kept = [keyed[number] for number in np.flatnonzero(fits)]
     writer.write_shard(
@@ -175,7 +179,7 @@ def embed_shard(shard: CaptionShard, encoder: TextEncoder, writer: StoreWriter, 
         encoded.truncated,
         dropped,
     )
-    return ShardReport(shard.name, _count_samples(keyed), dropped)
+    return ShardReport(shard.name, _count_samples(shard, keyed), dropped)
 
 
 def _check_shard(shard: CaptionShard, stored: ShardFile, store: Path) -> ShardReport:
@@ -189,11 +193,11 @@ def _check_shard(shard: CaptionShard, stored: ShardFile, store: Path) -> ShardRe
     dropped = {key for key, _, _ in stored.statistics.dropped}
     for key, caption in keyed:
         found = hashes.pop(key, None)
-        if found != text_hash(caption) and (found is not None or _sample_of(key) not in dropped):
+        if found != text_hash(caption) and (found is not None or shard.sample_of(key) not in dropped):
             raise _other_captions(store, shard, key)
     if hashes:
         raise _other_captions(store, shard, next(iter(hashes)))
-    return ShardReport(shard.name, _count_samples(keyed), stored.statistics.dropped)
+    return ShardReport(shard.name, _count_samples(shard, keyed), stored.statistics.dropped)
 
 
 def _other_captions(store: Path, shard: CaptionShard, key: str) -> UserError:
@@ -203,12 +207,8 @@ def _other_captions(store: Path, shard: CaptionShard, key: str) -> UserError:
     )
 
 
-def _count_samples(keyed: list[tuple[str, str]]) -> int:
-    return len({_sample_of(key) for key, _ in keyed})
-
-
-def _sample_of(caption_key: str) -> str:
-    return caption_key.rpartition("#")[0] or caption_key
+def _count_samples(shard: CaptionShard, keyed: list[tuple[str, str]]) -> int:
+    return len({shard.sample_of(key) for key, _ in keyed})
 
 
 def _account(reports: Iterable[ShardReport], ledger: DropLedger) -> int:

@@ -23,7 +23,7 @@ from lift.images import image_processor
 from lift.model import clip_text_config, vision_config
 from lift.model_card import model_card
 from lift.official import PREPROCESSING, to_official, write_checkpoint
-from lift.run_folder import BEST, FREE_TO_CHANGE, TEXT_ENCODER, TOKENIZER, checkpoints
+from lift.run_folder import FREE_TO_CHANGE, TEXT_ENCODER, TOKENIZER, best_checkpoints, checkpoints
 from lift.settings import ExportSettings, PretrainSettings, given
 
 FORMAT = 1
@@ -82,8 +82,10 @@ def export_encoder(run: Path, out: Path, step: int | Literal["best"] | None = No
 def _checkpoint(run: Path, step: int | Literal["best"] | None) -> tuple[int, Path]:
     """Number and folder of a checkpoint."""
     if step == "best":
-        state = read_json(run / "checkpoints" / BEST / "state.json", "the best checkpoint of a run with validation")
-        return state["step"], run / "checkpoints" / BEST
+        best = best_checkpoints(run)
+        if not best:
+            raise UserError(f"{run}: no best checkpoint; it had no validation (validation.data).")
+        return read_json(best[-1] / "state.json")["step"], best[-1]
     found = {int(path.name.removeprefix("step_")): path for path in checkpoints(run)}
     chosen = max(found, default=None) if step is None else step
     if chosen is None or chosen not in found:

@@ -42,7 +42,7 @@ def _transformer(tokens: int, width: int, layers: int, mlp_ratio: float) -> floa
 
 def matrix_peak(device: torch.device, precision: torch.dtype) -> float:
     """FLOP/s of a large matrix product on `device`, the best of several: the peak that MFU is a share of."""
-    size, times = (8192, 10) if device.type == "cuda" else (1024, 3)
+    size, times = (8192, 10) if device.type == "cuda" else (2048, 5)
     a, b = (torch.randn(size, size, device=device).to(precision) for _ in range(2))
     best = 0.0
     for _ in range(times):

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 from lift.common.errors import UserError
-from lift.common.files import require_file, require_folder
+from lift.common.files import locked_folder, require_file, require_folder, sha256_text
 from lift.common.ledger import DropLedger
 from lift.settings import ImportEmbeddingsSettings
 from lift.sources import SHARD_SAMPLES
@@ -67,11 +67,10 @@ def import_embeddings(settings: ImportEmbeddingsSettings) -> None:
     """
     assert settings.text_encoder is not None
     with ExitStack() as stack:
+        stack.enter_context(locked_folder(settings.out))
         source = _official(settings) if settings.kind == "official_parquet" else _array(settings, stack)
         encoder = describe_without_loading(settings.text_encoder)
-        writer = StoreWriter(
-            settings.out, encoder, source.dimension, settings.dtype, source.captions_known, imported_from=settings.kind
-        )
+        writer = StoreWriter(settings.out, encoder, source.dimension, settings.dtype, source.captions_known, _origin(settings))
         ledger, total, names = DropLedger(), 0, []
         for name, read in tqdm(source.shards, desc="import embeddings", unit="shard"):
             names.append(name)
@@ -85,6 +84,14 @@ def import_embeddings(settings: ImportEmbeddingsSettings) -> None:
     ledger.check(total, settings.max_drop_fraction, settings.out / "dropped.jsonl")
     writer.finish(names)
     print(f"{settings.out}: {EmbeddingStore(settings.out).summary()}; {ledger.summary(total)}")
+
+
+def _origin(settings: ImportEmbeddingsSettings) -> str:
+    """Kind, and what changes when a file of the source does, so that an import never goes on with other files."""
+    files = [settings.path] if settings.path.is_file() else sorted(settings.path.rglob("*.parquet"))
+    files += [settings.key_file] if settings.key_file else []
+    states = [f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files]
+    return f"{settings.kind} {sha256_text(chr(10).join(states))[:16]}"
 
 
 def _usable(rows: Rows, settings: ImportEmbeddingsSettings) -> Rows:

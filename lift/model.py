@@ -74,10 +74,9 @@ def kept_patches(settings: PretrainSettings, step: int, rank: int, world: int) -
         return None
     patches = (settings.vision.image_size // settings.vision.patch_size) ** 2
     generator = torch.Generator().manual_seed(settings.seed * 1_000_003 + step)
-    order_GN = torch.rand(settings.batch_size, patches, generator=generator).argsort(dim=1)
     share = settings.batch_size // world
-    kept = max(1, round(patches * (1 - settings.patch_dropout)))
-    return order_GN[rank * share : (rank + 1) * share, :kept]
+    draw_BN = torch.rand(settings.batch_size, patches, generator=generator)[rank * share : (rank + 1) * share]
+    return draw_BN.argsort(dim=1)[:, : max(1, round(patches * (1 - settings.patch_dropout)))]
 
 
 class Features(NamedTuple):

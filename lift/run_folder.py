@@ -31,8 +31,8 @@ FREE_TO_CHANGE = frozenset(
 )  # fmt: skip
 """Settings that do not change the weights, apart from rounding (those in the second line); a run may go on with others."""
 CHECKPOINTS_KEPT = 2
-BEST = "best"
-"""Name of the checkpoint with the best validation, beside those of the newest steps."""
+BEST = "best_"
+"""Begins the name of the checkpoint with the best validation, which lies beside those of the newest steps."""
 TOKENIZER = "tokenizer"
 """Folder of the CLIP baseline's tokenizer."""
 TEXT_ENCODER = "text_encoder.json"
@@ -57,6 +57,9 @@ def open_run(settings: PretrainSettings, content: str, samples: int) -> None:
                     f"{settings.out}: holds a run with {key}={before.get(key)}, this call says {now[key]}. "
                     "Give another --out, or delete that folder."
                 )
+    else:  # what an earlier run left that came to no checkpoint is not this run's
+        for left in (settings.out / TOKENIZER, settings.out / TEXT_ENCODER, *best_checkpoints(settings.out)):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     if finished(settings.out) is None:
         save_settings(settings, saved)
         write_json(settings.out / "data.json", {"samples_sha256": content, "samples": samples})
@@ -88,13 +91,21 @@ def save_checkpoint(
 
 
 def save_best(run: Path, step: int, score: float, model: nn.Module, validation: dict[str, float]) -> None:
-    """Keeps the weights with the highest `score` so far in checkpoints/best; of equal ones the first."""
-    best = run / "checkpoints" / BEST
-    if best.is_dir() and read_json(best / "state.json")["score"] >= score:
+    """Keeps the weights with the highest `score` so far in checkpoints/best_STEP; of equal ones the first."""
+    before = best_checkpoints(run)
+    if before and read_json(before[-1] / "state.json")["score"] >= score:
         return
-    with atomic_folder(best) as folder:
+    with atomic_folder(run / "checkpoints" / f"{BEST}{step:08d}") as folder:
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "model.safetensors")
         write_json(folder / "state.json", {"step": step, "score": score, **validation})
+    for old in before:
+        shutil.rmtree(old)
+
+
+def best_checkpoints(run: Path) -> list[Path]:
+    """The checkpoint with the best validation; after a kill between two renames also the one before, which comes first."""
+    found = (run / "checkpoints").glob(BEST + "[0-9]" * 8)
+    return sorted(found, key=lambda folder: (read_json(folder / "state.json")["score"], folder.name))
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ledger: DropLedger) -> tuple[int, float]:
@@ -122,7 +133,7 @@ class Metrics:
             if path.is_file():
                 write_jsonl(path, [row for row in read_whole_rows(path) if row["step"] <= self.first_step])
             self._file = path.open("a", encoding="utf-8")
-            self._board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.first_step)
+            self._board = SummaryWriter(str(self.run / "tensorboard"), purge_step=self.first_step + 1)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -34,7 +34,8 @@ class TrainingStep:
         """The loss, scaled so that its mean over the processes is the loss of the whole batch."""
         device = self.accelerator.device
         text = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.text.items()}
-        fixed = _FixedText(self.model, text, batch.valid_B.to(device)) if isinstance(self.model, LiftModel) else None
+        cosine = self.settings.objective == "cosine"
+        fixed = _FixedText(self.model, text, batch.valid_B.to(device), cosine) if isinstance(self.model, LiftModel) else None
         kept_BK = kept_patches(self.settings, step, self.accelerator.process_index, self.accelerator.num_processes)
         inputs = {
             "pixel_values_B3HW": batch.pixels_B3HW.to(device, non_blocking=True),
@@ -86,7 +87,7 @@ class TrainingStep:
         if fixed is None:
             assert text_BD is not None
             return clip_loss(image_BD, text_BD, log_scale_1, valid_B, rows=len(valid_B), tile=tile)
-        if self.settings.objective == "cosine":
+        if fixed.gather is None:
             return cosine_loss(image_BD, fixed.text_BD, valid_B)
         text = fixed.gather.wait()
         if bias_1 is not None:
@@ -97,10 +98,13 @@ class TrainingStep:
 class _FixedText:
     """Text features of a batch; those of the other processes are on their way while the images are encoded."""
 
-    def __init__(self, model: LiftModel, text: dict[str, Tensor], valid_B: Tensor) -> None:
+    gather: TextGather | None
+
+    def __init__(self, model: LiftModel, text: dict[str, Tensor], valid_B: Tensor, cosine: bool) -> None:
         with torch.no_grad():
             self.text_BD = model.text_features(text["embeddings"])
-            self.gather: TextGather = start_gather(self.text_BD, valid_B, rows=len(valid_B))
+            # cosine compares a row with its own text only
+            self.gather = None if cosine else start_gather(self.text_BD, valid_B, rows=len(valid_B))
             bank_ND = model.text_features(text["bank"]) if "bank" in text else None
             hard_BKD = model.text_features(text["hard"]) if "hard" in text else None
         has_more = bank_ND is not None or hard_BKD is not None

@@ -10,11 +10,12 @@ import math
 import os
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, gather_object
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, gather_object
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
@@ -28,7 +29,7 @@ from lift.export import export_encoder
 from lift.flops import matrix_peak, training_flops
 from lift.model import ClipModel, LiftModel, build_clip, build_lift, parameter_groups
 from lift.order import batch_positions
-from lift.preemption import PreemptionWatch
+from lift.preemption import Votes
 from lift.run_folder import (
     TEXT_ENCODER,
     TOKENIZER,
@@ -47,6 +48,9 @@ from lift.store import EmbeddingStore
 from lift.text_side import ExtraNegatives, FixedTextSide, TrainedTextSide, clip_tokenizer
 from lift.transforms import fitted_transform
 from lift.validation import Validation
+
+PATIENCE = timedelta(hours=2)
+"""How long processes wait for one that indexes the data or trains a tokenizer, where PyTorch gives up after ten minutes."""
 
 
 @dataclass
@@ -67,7 +71,7 @@ def pretrain(settings: PretrainSettings) -> None:
         raise UserError(f"batch_size {settings.batch_size}: not a multiple of the {accelerator.num_processes} processes.")
     ledger = DropLedger()
     with accelerator.main_process_first():  # which builds the indexes that the others then find
-        shards = read_sources(settings.data, ledger)
+        shards = read_sources(settings.data, ledger, accelerator.is_main_process)
     samples = Samples(shards)
     if accelerator.is_main_process:
         open_run(settings, content_hash(shards), len(samples))
@@ -77,11 +81,10 @@ def pretrain(settings: PretrainSettings) -> None:
         return
     total = len(samples) + len(ledger)
     setup = _set_up(settings, accelerator, samples, ledger)
-    ledger.check(total, settings.max_drop_fraction, settings.out / "dropped.jsonl")
+    _check_ledger(ledger, total, settings, accelerator.is_main_process)
     pairs = Pairs(samples, settings)
     loop = _Loop(settings, accelerator, setup, pairs, ledger, total)
     seconds = loop.run()
-    ledger.check(total, settings.max_drop_fraction, settings.out / "dropped.jsonl")
     if accelerator.is_main_process:
         export_encoder(settings.out, settings.out / "encoder")
         summary = {"steps": loop.steps, "samples": len(samples), "dropped": ledger.counts(), "seconds": round(seconds, 1)}
@@ -96,7 +99,10 @@ def open_accelerator(settings: PretrainSettings) -> Accelerator:
         mixed_precision="bf16" if settings.precision == "bf16" else "no",
         cpu=not torch.cuda.is_available(),
         # the text transform, a buffer of 67 MB at 4096 dimensions, is the same everywhere and stays so
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=PATIENCE),
+        ],
     )
     if settings.precision == "bf16":
         torch.set_float32_matmul_precision("high")  # of the loss, which autocast leaves alone
@@ -114,7 +120,7 @@ def _set_up(settings: PretrainSettings, accelerator: Accelerator, samples: Sampl
     if settings.validation.data:
         held_out_ledger = DropLedger()
         with accelerator.main_process_first():
-            held_out = Samples(read_sources(settings.validation.data, held_out_ledger))
+            held_out = Samples(read_sources(settings.validation.data, held_out_ledger, accelerator.is_main_process))
     if settings.objective == "clip":
         saved = settings.out / TOKENIZER
         if accelerator.is_main_process and not saved.is_dir():
@@ -156,6 +162,12 @@ def _store(
     return EmbeddingStore(folder)
 
 
+def _check_ledger(ledger: DropLedger, total: int, settings: PretrainSettings, main: bool) -> None:
+    """Raises UserError on every process alike when too much was dropped; the main one writes the ledger."""
+    check = ledger.check if main else ledger.require
+    check(total, settings.max_drop_fraction, settings.out / "dropped.jsonl")
+
+
 def learning_rate_at(step: int, steps: int, settings: PretrainSettings) -> float:
     """Linear warm-up from lr/warmup, then cosine to zero (official recipe). `step` counts from 0."""
     warmup = min(settings.warmup_steps, max(1, steps // 10))
@@ -185,6 +197,9 @@ class _Loop:
         )
         saved = checkpoints(settings.out)
         self.first, self.seconds_before = load_checkpoint(saved[-1], setup.model, self.optimizer, ledger) if saved else (0, 0.0)
+        self.new_drops: list[tuple[str, str, str]] = []
+        """Of this process, since the ledger was shared."""
+        self.dropped_before = len(ledger)
         self.started = time.perf_counter()
 
     @property
@@ -205,7 +220,7 @@ class _Loop:
         speed = _Speed(settings, accelerator, self.setup.flops)
         label = f"pretrain {settings.objective}"
         bar = tqdm(total=self.steps, initial=self.first, desc=label, unit="step", disable=not self.main)
-        with Metrics(settings.out, self.first, self.main) as metrics, PreemptionWatch() as preemption, bar:
+        with Metrics(settings.out, self.first, self.main) as metrics, Votes() as votes, bar:
             for step, batch in enumerate(loader, start=self.first):
                 speed.data_arrived()
                 row = self._step(step, batch)
@@ -218,22 +233,20 @@ class _Loop:
                     self._require_finite(numbers["loss"], done)
                 if self.setup.validation and (done % settings.validation.every == 0 or last):
                     self._validate(self.setup.validation, done, metrics)
-                saved = done % settings.checkpoint_every == 0 or last
-                if saved:
+                stop, dropped = votes.count(len(self.new_drops))
+                if dropped + self.dropped_before > settings.max_drop_fraction * self.total:
+                    self._share_ledger()  # which tells how many they are when none is counted twice
+                if done % settings.checkpoint_every == 0 or last or stop:
+                    self._require_finite(float(row["loss"]), done)
                     self._checkpoint(done)
-                if preemption.requested() and not last:
-                    if not saved:
-                        self._checkpoint(done)
+                if stop and not last:
                     raise Preempted(f"asked to end; saved step {done} of {self.steps}. The same command goes on from there.")
                 bar.update()
                 speed.data_awaited()
         return self.seconds
 
     def _step(self, step: int, batch: Batch) -> dict[str, Tensor | float]:
-        for key, cause, detail in batch.faults:
-            self.ledger.drop(key, cause, detail)
-        if batch.faults:  # a folder that vanishes should not cost the time to the next checkpoint
-            self.ledger.check(self.total, self.settings.max_drop_fraction, self.settings.out / "dropped.jsonl")
+        self.new_drops += [fault for fault in batch.faults if self.ledger.drop(*fault)]
         rate = learning_rate_at(step, self.steps, self.settings)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -265,13 +278,18 @@ class _Loop:
         return sha256_text(f"{self.content} {[self.pairs.sample_of(item) for _, item in places]}")[:16]
 
     def _checkpoint(self, step: int) -> None:
-        """Gathers the ledgers, fails the run when too much was dropped, and saves from the main process."""
-        for key, cause, detail in gather_object(self.ledger.rows()):
-            self.ledger.drop(key, cause, detail)
+        """Shares the ledger and saves from the main process."""
+        self._share_ledger()
         if self.main:
-            self.ledger.check(self.total, self.settings.max_drop_fraction, self.settings.out / "dropped.jsonl")
             save_checkpoint(self.settings.out, step, self.seconds, self.setup.model, self.optimizer, self.ledger)
         self.accelerator.wait_for_everyone()
+
+    def _share_ledger(self) -> None:
+        """Every process learns what the others dropped, and fails with them when it is too much."""
+        for drop in gather_object(self.new_drops):
+            self.ledger.drop(*drop)
+        self.new_drops, self.dropped_before = [], len(self.ledger)
+        _check_ledger(self.ledger, self.total, self.settings, self.main)
 
 
 class _Speed:
@@ -281,6 +299,8 @@ class _Speed:
         self.batch_size = settings.batch_size
         peak = matrix_peak(accelerator.device, torch.bfloat16 if settings.precision == "bf16" else torch.float32)
         self.samples_at_peak = accelerator.num_processes * peak / flops
+        self.on_gpu = accelerator.device.type == "cuda"
+        self.step_before: torch.cuda.Event | None = None
         self._restart()
 
     def data_arrived(self) -> None:
@@ -288,6 +308,12 @@ class _Speed:
         self.steps += 1
 
     def data_awaited(self) -> None:
+        if self.on_gpu:  # which may be steps behind, and does not wait while it is
+            step = torch.cuda.Event()
+            step.record()
+            if self.step_before is not None:
+                self.step_before.synchronize()
+            self.step_before = step
         self.waiting = time.perf_counter()
 
     def since_last(self) -> dict[str, float]:

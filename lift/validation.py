@@ -76,13 +76,15 @@ class Validation:
             tensors = {name: tensor.to(device) for name, tensor in side.items()}
             text = model.text_features(tensors["embeddings"]) if isinstance(model, LiftModel) else model.text_features(tensors)
             texts.append(text.float().cpu())
-        return torch.cat(images), torch.cat(texts)
+        nothing = torch.empty(0)  # of a process beyond the last sample
+        return (torch.cat(images), torch.cat(texts)) if images else (nothing, nothing)
 
     def _gather(self, own: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         if not dist.is_initialized() or dist.get_world_size() == 1:
             return own
         parts: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(parts, own)
+        parts = [part for part in parts if len(part[0])]
         return torch.cat([image for image, _ in parts]), torch.cat([text for _, text in parts])
 
     def _loss(self, model: LiftModel | ClipModel, image_ND: Tensor, text_ND: Tensor) -> float:

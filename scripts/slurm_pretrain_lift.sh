@@ -24,7 +24,7 @@ srun --kill-on-bad-exit=1 bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=0
     exec .venv/bin/lift pretrain --config "$0" "$@"' "$recipe" "$@"
 status=$?
-if [ "$status" -eq 75 ]; then
+if [ "$status" -eq 75 ] || [ "$status" -eq 143 ]; then  # 143: the signal came before the first step, nothing is lost
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$status"

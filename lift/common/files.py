@@ -7,6 +7,8 @@ import glob
 import hashlib
 import json
 import os
+import platform
+import secrets
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -22,13 +24,19 @@ LOCK_FILE = ".lock"
 @contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; on success it is flushed to disk and renamed, on an error removed."""
+    with working_file(path) as temporary:
+        yield temporary
+        _to_disk(temporary)
+        temporary.replace(path)
+
+
+@contextmanager
+def working_file(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`, for the caller to rename; what is left of it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{WORK_SUFFIX}")
+    temporary = _unfinished(path)
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -65,23 +73,37 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     A reader therefore sees either the old folder, or none, or the complete new one. What killed processes left is swept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f"{glob.escape(path.name)}.*{WORK_SUFFIX}"):
-        process = left.name.removeprefix(f"{path.name}.").partition(".")[0]
+    for left in path.parent.glob(f"{glob.escape(path.name)}.{_host()}-*{WORK_SUFFIX}"):
+        process = left.name.removeprefix(f"{path.name}.{_host()}-").partition("-")[0]
         if left.is_dir() and process.isdigit() and not _is_running(int(process)):
             shutil.rmtree(left)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{WORK_SUFFIX}")
-    replaced = path.with_name(f"{path.name}.{os.getpid()}.old{WORK_SUFFIX}")
-    for folder in (temporary, replaced):
-        shutil.rmtree(folder, ignore_errors=True)
+    temporary, replaced = _unfinished(path), _unfinished(path)
     temporary.mkdir()
     try:
         yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _to_disk(file)
         if path.exists():
             path.replace(replaced)
         temporary.replace(path)
     finally:
         for folder in (temporary, replaced):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unfinished(path: Path) -> Path:
+    """A name beside `path` that no other process has, on whatever machine that shares the file system."""
+    return path.with_name(f"{path.name}.{_host()}-{os.getpid()}-{secrets.token_hex(4)}{WORK_SUFFIX}")
+
+
+def _host() -> str:
+    return platform.node().replace(".", "_") or "localhost"
+
+
+def _to_disk(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _is_running(process: int) -> bool:

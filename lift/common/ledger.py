@@ -15,8 +15,11 @@ class DropLedger:
     def __init__(self) -> None:
         self._cause_by_key: dict[str, tuple[str, str]] = {}
 
-    def drop(self, key: str, cause: str, detail: str = "") -> None:
+    def drop(self, key: str, cause: str, detail: str = "") -> bool:
+        """False when the sample is there already; its first cause stays."""
+        new = key not in self._cause_by_key
         self._cause_by_key.setdefault(key, (cause, detail))
+        return new
 
     def __len__(self) -> int:
         return len(self._cause_by_key)
@@ -41,6 +44,10 @@ class DropLedger:
     def check(self, total: int, max_drop_fraction: float, path: Path) -> None:
         """Raises UserError when more than `max_drop_fraction` of `total` samples was dropped; the ledger is written first."""
         self.write(path)
+        self.require(total, max_drop_fraction, path)
+
+    def require(self, total: int, max_drop_fraction: float, path: Path) -> None:
+        """As `check`, in a process beside the one that writes the ledger to `path`."""
         if total == 0 or len(self) > max_drop_fraction * total:
             raise UserError(
                 f"{self.summary(total)}, more than max_drop_fraction={max_drop_fraction:g} allows. {path} lists them; "

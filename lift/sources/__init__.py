@@ -9,6 +9,8 @@ import multiprocessing
 import os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -17,7 +19,7 @@ from lift.common.files import sha256_text
 from lift.common.ledger import DropLedger
 from lift.settings import SourceSettings
 from lift.sources import official, tables, webdataset
-from lift.sources.index import Kind, Origin, build_index, index_path, read_summary
+from lift.sources.index import Kind, Origin, build_index, read_summary, summary_path
 from lift.sources.json_files import JsonFile, coco_records, llava_records
 from lift.sources.samples import Sample, Samples, Shard, TableImage, open_index
 
@@ -36,48 +38,50 @@ INDEXED_IN_PLACE = 8
 """So many files are indexed faster by this process than others are started."""
 
 
-def read_sources(sources: list[SourceSettings], ledger: DropLedger) -> list[Shard]:
+def read_sources(sources: list[SourceSettings], ledger: DropLedger, first: bool = True) -> list[Shard]:
     """All sources in order, indexed where they are not yet.
 
+    Args:
+        first: False in processes that start after one that has looked for images that were missing, and for repeated keys.
     Raises:
         UserError: a source is missing, unreadable or empty, or two samples have the same key.
     """
     parts = [(source, origin) for source in sources for origin in KINDS[source.kind].origins(source)]
-    _refuse_double([f"{source.name}-{origin.stem}" for source, origin in parts])
-    _build(parts)
+    _refuse_double_names([f"{source.name}-{origin.stem}" for source, origin in parts])
+    _build(parts, first)
     shards = [shard for source, origin in parts for shard in _shards(source, origin, ledger)]
     if not shards:
         raise UserError(f"{', '.join(s.path for s in sources)}: no usable image-caption pair. {ledger.summary(len(ledger))}.")
-    _refuse_double_keys(shards)
+    if first:
+        _refuse_double_keys(shards)
     return shards
 
 
-def _build(parts: list[tuple[SourceSettings, Origin]]) -> None:
-    processes = os.cpu_count() or 1
+def _build(parts: list[tuple[SourceSettings, Origin]], look_again: bool) -> None:
+    processes = len(os.sched_getaffinity(0))
+    build = partial(_build_one, look_again=look_again)
     if len(parts) <= INDEXED_IN_PLACE or processes == 1:
-        found = map(_build_one, parts)
-        faults = [fault for fault in found if fault]
+        faults = [fault for fault in map(build, parts) if fault]
     else:
         with ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn")) as pool:
-            faults = [fault for fault in pool.map(_build_one, parts, chunksize=4) if fault]
+            faults = [fault for fault in pool.map(build, parts, chunksize=4) if fault]
     if faults:
         more = f" ({len(faults)} files are faulty: {'; '.join(faults[1:6])})" if len(faults) > 1 else ""
         raise UserError(faults[0] + more)
 
 
-def _build_one(part: tuple[SourceSettings, Origin]) -> str | None:
+def _build_one(part: tuple[SourceSettings, Origin], look_again: bool) -> str | None:
     """What is wrong with the file, or None."""
     source, origin = part
     try:
-        build_index(KINDS[source.kind], source, origin)
+        build_index(KINDS[source.kind], source, origin, look_again)
     except UserError as error:
         return str(error)
     return None
 
 
 def _shards(source: SourceSettings, origin: Origin, ledger: DropLedger) -> list[Shard]:
-    path = index_path(source, origin)
-    summary = read_summary(path)
+    summary = read_summary(summary_path(source, origin))
     assert summary is not None
     for key, cause, detail in summary["dropped"]:
         ledger.drop(key, cause, detail)
@@ -87,9 +91,10 @@ def _shards(source: SourceSettings, origin: Origin, ledger: DropLedger) -> list[
     return [
         Shard(
             name if len(starts) == 1 else f"{name}-{number:05d}",
-            path,
+            Path(summary["index"]),
             start,
             min(start + SHARD_SAMPLES, summary["rows"]),
+            summary["content"],
             table,
         )
         for number, start in enumerate(starts)
@@ -98,27 +103,33 @@ def _shards(source: SourceSettings, origin: Origin, ledger: DropLedger) -> list[
 
 def content_hash(shards: list[Shard]) -> str:
     """Hash over the keys and captions of all shards in their order, which decide what every step of a run sees."""
-    indexes = dict.fromkeys(shard.index_file for shard in shards)
-    return sha256_text("\n".join(str((read_summary(index) or {})["content"]) for index in indexes))
+    contents = {shard.index_file: shard.content for shard in shards}
+    return sha256_text("\n".join(contents.values()))
 
 
-def _refuse_double(names: list[str]) -> None:
+def _refuse_double_names(names: list[str]) -> None:
     name, times = Counter(names).most_common(1)[0] if names else ("", 0)
     if times > 1:
         raise UserError(f"two sources have a shard '{name}'. Give the sources different names (data.name).")
 
 
 def _refuse_double_keys(shards: list[Shard]) -> None:
-    """By their hashes, 8 bytes a sample."""
-    columns = [open_index(shard.index_file)["key_hash"].slice(shard.start, len(shard)) for shard in shards]
-    hashes = np.concatenate([column.to_numpy() for column in columns])
-    in_order = np.argsort(hashes, kind="stable")
-    repeated = np.flatnonzero(hashes[in_order][1:] == hashes[in_order][:-1])
-    if len(repeated):
-        number = int(in_order[repeated[0] + 1])
-        samples = Samples(shards)
-        shard = shards[int(np.searchsorted(samples.starts, number, side="right")) - 1]
-        raise UserError(
-            f"key '{samples.key(number)}' of {shard.name} occurs twice. Mend the file, or give the sources different names "
-            "(data.name)."
-        )
+    """Looks for hashes that repeat, 16 bytes a sample, and then at their keys, since two keys may share a hash."""
+    samples = Samples(shards)
+    hashes = np.empty(len(samples), np.uint64)
+    for shard, start in zip(shards, samples.starts, strict=False):
+        # copied, because a process may not map a hundred thousand files at once
+        hashes[start : start + len(shard)] = open_index(shard.index_file)["key_hash"].slice(shard.start, len(shard)).to_numpy()
+    in_order = np.sort(hashes)
+    repeated = np.unique(in_order[1:][in_order[1:] == in_order[:-1]])
+    if not len(repeated):
+        return
+    shard_of: dict[str, str] = {}
+    for number in np.flatnonzero(np.isin(hashes, repeated)):
+        key, name = samples.key(int(number)), samples.shard_of(int(number)).name
+        if key in shard_of:
+            raise UserError(
+                f"key '{key}' of {shard_of[key]} occurs twice, again in {name}. Mend them, or give the sources different names "
+                "(data.name)."
+            )
+        shard_of[key] = name

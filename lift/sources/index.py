@@ -16,12 +16,12 @@ from typing import Any, Protocol
 import pyarrow as pa
 import pyarrow.ipc
 
-from lift.common.files import atomic_file, read_json, sha256_text, write_json
+from lift.common.files import read_json, sha256_file, sha256_text, working_file, write_json
 from lift.common.ledger import DropLedger
 from lift.settings import SourceSettings
 from lift.store import text_hash
 
-FORMAT = 1
+FORMAT = 2
 ROWS_PER_WRITE = 10_000
 MISSING_IMAGE = "missing image"
 SCHEMA = pa.schema(
@@ -90,15 +90,18 @@ def _encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def index_path(source: SourceSettings, origin: Origin) -> Path:
+def summary_path(source: SourceSettings, origin: Origin) -> Path:
     """In `source.index`, else in the folder of the environment variable LIFT_CACHE, else in the user's cache."""
     cache = Path(os.environ.get("LIFT_CACHE") or Path.home() / ".cache" / "lift") / "index"
-    folder = source.index or cache / sha256_text(os.path.abspath(origin.path) + str(_options(source)))[:16]  # noqa: PTH100
-    return folder / f"{source.name}-{origin.stem}.arrow"
+    of_source = sha256_text(os.path.abspath(origin.path) + str(_options(source)))[:16]  # noqa: PTH100
+    return (source.index or cache) / of_source / f"{source.name}-{origin.stem}.json"
 
 
 class Kind(Protocol):
     """How one kind of source is read."""
+
+    images_apart: bool
+    """Whether images are files of their own, which may come after the captions."""
 
     def origins(self, source: SourceSettings) -> list[Origin]:
         """In order. Raises UserError when there is nothing."""
@@ -113,36 +116,38 @@ class Kind(Protocol):
         ...
 
 
-def build_index(kind: Kind, source: SourceSettings, origin: Origin) -> None:
+def build_index(kind: Kind, source: SourceSettings, origin: Origin, look_again: bool) -> None:
     """Builds the index of `origin`, unless the one that is there still fits.
 
+    The index is named by its content, and its summary written after it, so that whoever reads the one has the other, whoever
+    else builds at the same time.
+
+    Args:
+        look_again: also when images are missing that may have come since.
     Raises:
         UserError: the file is damaged, or not of the kind the source says.
     """
-    path = index_path(source, origin)
+    summary = summary_path(source, origin)
     wanted = sha256_text(f"{FORMAT} {_options(source)} {origin.path} {kind.fingerprint(source, origin)}")
-    found = read_summary(path)
-    # an image that was missing may have come since
-    if found and found["fingerprint"] == wanted and all(cause != MISSING_IMAGE for _, cause, _ in found["dropped"]):
-        return
-    summary_path(path).unlink(missing_ok=True)
-    with atomic_file(path) as temporary, pa.ipc.new_file(temporary.as_posix(), SCHEMA) as file:
-        writer = IndexWriter(file)
-        kind.scan(source, origin, writer)
-        writer.flush()
-    summary = {"fingerprint": wanted, "rows": writer.rows, "content": writer.content, "dropped": writer.ledger.rows()}
-    write_json(summary_path(path), summary)
+    found = read_summary(summary)
+    if found and found["fingerprint"] == wanted and Path(found["index"]).is_file():
+        misses = kind.images_apart and any(cause == MISSING_IMAGE for _, cause, _ in found["dropped"])
+        if not (misses and look_again):
+            return
+    with working_file(summary) as temporary:
+        with pa.ipc.new_file(temporary.as_posix(), SCHEMA) as file:
+            writer = IndexWriter(file)
+            kind.scan(source, origin, writer)
+            writer.flush()
+        index = summary.with_suffix(f".{sha256_file(temporary)[:16]}.arrow")
+        temporary.replace(index)
+    row = {"fingerprint": wanted, "index": str(index), "rows": writer.rows, "content": writer.content}
+    write_json(summary, row | {"dropped": writer.ledger.rows()})
 
 
-def summary_path(index: Path) -> Path:
-    return index.with_suffix(".json")
-
-
-def read_summary(index: Path) -> dict[str, Any] | None:
-    """`fingerprint`, `rows`, `content` (hash of keys and captions), `dropped`; None when there is no whole index."""
-    if not (summary_path(index).is_file() and index.is_file()):
-        return None
-    return read_json(summary_path(index), "the summary of an index")
+def read_summary(summary: Path) -> dict[str, Any] | None:
+    """`fingerprint`, `index` (file), `rows`, `content` (hash of keys and captions), `dropped`; None when there is none."""
+    return read_json(summary, "the summary of an index") if summary.is_file() else None
 
 
 def _options(source: SourceSettings) -> dict[str, Any]:

@@ -19,6 +19,8 @@ Read = Callable[[dict[str, Any]], tuple[str, list[Any]]]
 class JsonFile:
     """The kind of source whose records `records` takes out of the file."""
 
+    images_apart = True
+
     def __init__(self, records: Callable[[SourceSettings, IndexWriter], tuple[list[Any], Read]]) -> None:
         self._records = records
 

@@ -18,6 +18,7 @@ from lift.sources import storage
 from lift.sources.index import IndexWriter, Origin
 
 DEFAULT_FIELDS = ["re_caption"]
+images_apart = True
 
 
 def origins(source: SourceSettings) -> list[Origin]:
@@ -55,7 +56,7 @@ def scan(source: SourceSettings, origin: Origin, index: IndexWriter) -> None:
 
 def _names(folder: str) -> set[str]:
     if storage.is_remote(folder):
-        return {PurePosixPath(path).name for path in storage.list_files(folder, "", "images of the official LIFT layout")}
+        return storage.remote_names(folder)
     if not Path(folder).is_dir():
         raise UserError(f"{folder}: expected the images of the caption file of that name, found no such folder.")
     return set(os.listdir(folder))  # noqa: PTH208 (a stat for each of a million images would take minutes)

@@ -87,6 +87,8 @@ class Shard(Sequence[Sample]):
     index_file: Path
     start: int
     stop: int
+    content: str
+    """Hash of the keys and captions of the whole index file."""
     table: TableImage | None = None
     """The table that holds the images of a `datasets` source; its row is filled in for each sample."""
 
@@ -114,6 +116,9 @@ class Shard(Sequence[Sample]):
         """(caption key, caption) of every caption, in order."""
         keys, captions = self._captions("captions")
         return list(zip(keys.to_pylist(), captions.to_pylist(), strict=True))
+
+    def sample_of(self, caption_key: str) -> str:
+        return caption_key.rpartition("#")[0]
 
     def caption_keys_and_hashes(self) -> tuple[pa.Array, np.ndarray]:
         """Keys and `caption_hash` (uint64) of every caption, in order."""
@@ -171,6 +176,9 @@ class Samples(Sequence[Sample]):
         row = self.shards[shard].start + number - int(self.starts[shard])
         return open_index(self.shards[shard].index_file)["key"][row].as_py()
 
+    def shard_of(self, number: int) -> Shard:
+        return self.shards[int(np.searchsorted(self.starts, number, side="right")) - 1]
+
     def captions(self) -> Iterator[str]:
         return (caption for shard in self.shards for _, caption in shard.keyed_captions())
 
@@ -180,7 +188,7 @@ def open_index(path: Path) -> pa.Table:
     return _mapped(path, path.stat().st_mtime_ns)
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=16_384)
 def _mapped(path: Path, written: int) -> pa.Table:
     with pa.memory_map(path.as_posix()) as source:
         return pa.ipc.open_file(source).read_all()

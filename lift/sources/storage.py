@@ -39,10 +39,18 @@ def list_files(path: str, suffix: str, what: str) -> list[str]:
     else:
         filesystem, inner = _filesystem(path)
         with _remote_faults(path):
+            filesystem.invalidate_cache()  # an earlier listing may be out of date
             found = sorted(filesystem.unstrip_protocol(file) for file in filesystem.glob(f"{inner.rstrip('/')}/*{suffix}"))
     if not found:
         raise UserError(f"{path}: expected {what} (*{suffix}), found none. Check data.path.")
     return found
+
+
+def remote_names(folder: str) -> set[str]:
+    """Names of the files in a folder behind a URL."""
+    filesystem, inner = _filesystem(folder)
+    with _remote_faults(folder):
+        return {str(path).rstrip("/").rpartition("/")[2] for path in filesystem.ls(inner, detail=False)}
 
 
 def open_file(path: str) -> IO[bytes]:
@@ -96,10 +104,8 @@ def fingerprint(path: str) -> str:
         return f"{stat.st_size}-{stat.st_mtime_ns}"
     filesystem, inner = _filesystem(path)
     with _remote_faults(path):
-        try:
-            return str(filesystem.ukey(inner))
-        except NotImplementedError:
-            return sha256_text(str(sorted(filesystem.info(inner).items(), key=str)))
+        # not ukey(), which over HTTP is the URL alone
+        return sha256_text(str(sorted((name, str(value)) for name, value in filesystem.info(inner).items())))
 
 
 @lru_cache(maxsize=OPEN_FILES)

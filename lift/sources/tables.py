@@ -15,6 +15,8 @@ from lift.sources.storage import read_bytes
 
 SAVED_TO_DISK = ("state.json", "dataset_dict.json")
 
+images_apart = False
+
 
 def origins(source: SourceSettings) -> list[Origin]:
     return [Origin(source.split, source.path)]
@@ -48,10 +50,7 @@ def scan(source: SourceSettings, origin: Origin, index: IndexWriter) -> None:
 
 def read_image(image: TableImage) -> bytes:
     """Raises OSError when the row holds neither bytes nor the path of a file that is there."""
-    import datasets
-
-    table = _table(image.path, image.split).select_columns([image.column])
-    stored = table.cast_column(image.column, datasets.Image(decode=False))[image.row][image.column]
+    stored = _images(image.path, image.split, image.column)[image.row][image.column]
     if stored["bytes"]:
         return stored["bytes"]
     return read_bytes(stored["path"])
@@ -61,6 +60,14 @@ def _batches(column: Any, rows: int = 1000) -> Any:
     """Whether each image is there, `rows` at a time."""
     for start in range(0, len(column), rows):
         yield column[start : start + rows].is_valid().to_pylist()
+
+
+@lru_cache(maxsize=8)
+def _images(path: str, split: str, column: str) -> Any:
+    """The table's images alone, not decoded."""
+    import datasets
+
+    return _table(path, split).select_columns([column]).cast_column(column, datasets.Image(decode=False))
 
 
 @lru_cache(maxsize=8)

@@ -18,6 +18,7 @@ from lift.sources.index import IndexWriter, Origin
 
 IMAGE_SUFFIXES = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"})
 TEXT_SUFFIXES = frozenset({"json", "txt"})
+images_apart = False
 
 
 def origins(source: SourceSettings) -> list[Origin]:

@@ -22,8 +22,8 @@ from lift.store.key_index import candidates, open_key_index
 from lift.store.shard_file import ShardFile, StoreDtype, read_shard_file, text_hashes
 from lift.store.writer import FORMAT
 
-OPEN_SHARDS = 32_768
-"""Shards kept open; Linux allows a process 65,530 memory-maps by default."""
+OPEN_SHARDS = 12_288
+"""Shards kept open: Linux allows a process 65,530 memory-maps, and a run has up to three stores and its sources' indexes."""
 
 
 class EmbeddingStore:

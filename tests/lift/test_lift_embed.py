@@ -344,3 +344,11 @@ def test_a_full_disk_is_one_message_and_nothing_is_left_of_the_file(
     left[0] = 100
     assert run_command("lift", COMMANDS, job("full")) == 0
     assert len(EmbeddingStore(tmp_path / "full")) == 40
+
+
+def test_each_line_of_a_list_is_a_sample_whatever_its_key_looks_like(encoder: CountingEncoder, tmp_path: Path) -> None:
+    lines = [{"key": f"flickr#{number}", "caption": "bad" if number == 3 else f"caption {number}"} for number in range(200)]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    embed(EmbedSettings(captions=tmp_path / "list.jsonl", out=tmp_path / "store"))
+    (row,) = [json.loads(line) for line in (tmp_path / "store" / "dropped.jsonl").read_text().splitlines()]
+    assert row["key"] == "flickr#3" and len(EmbeddingStore(tmp_path / "store")) == 199

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -31,7 +32,8 @@ def test_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_is_swept_and_a_running_ones_is_not(tmp_path: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    left, running = tmp_path / f"out.{gone.pid}.partial", tmp_path / "out.1.partial"
+    host = platform.node().replace(".", "_")
+    left, running = tmp_path / f"out.{host}-{gone.pid}-0a.partial", tmp_path / f"out.{host}-1-0b.partial"
     for folder in (left, running):
         folder.mkdir()
     with atomic_folder(tmp_path / "out"):

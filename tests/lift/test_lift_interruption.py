@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from tiny import pretrain_on_one_thread, tiny_pretrain
 
 from lift.common.settings import save_settings
 from lift.embed import embed
-from lift.run_folder import checkpoints
+from lift.run_folder import best_checkpoints, checkpoints, save_best
 from lift.settings import EmbedSettings, PretrainSettings
 from lift.train import pretrain
 
@@ -149,3 +150,17 @@ def test_two_nodes_and_then_one_process_see_the_same_samples(pairs: Path, tiny_l
         rtol=0,
     )
     torch.testing.assert_close(ended[-1]["loss"], rows(alone.out)[-1]["loss"], atol=1e-3, rtol=0)
+
+
+def test_what_a_run_without_checkpoint_left_is_not_taken_over(pairs: Path, tiny_llm: Path, tmp_path: Path) -> None:
+    """The second run has another vocabulary; the first left its tokenizer and a best checkpoint of a high score."""
+    first = tiny_pretrain(pairs, tiny_llm, tmp_path / "run", "clip")
+    pretrain(first)
+    shutil.rmtree(first.out / "checkpoints")
+    (first.out / "finished.json").unlink()
+    save_best(first.out, 5, 1e9, torch.nn.Linear(1, 1), {})
+    second = replace(first, clip_text=replace(first.clip_text, vocabulary_size=270))
+    pretrain(second)
+    (words,) = [tensor for name, tensor in final_weights(second.out).items() if name.endswith("token_embedding.weight")]
+    assert len(words) == 270
+    assert best_checkpoints(second.out) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from dataclasses import replace
 from pathlib import Path
 
@@ -205,10 +206,14 @@ def test_index_is_built_once_and_again_when_the_tar_or_the_settings_change(
     assert len(scanned) == 5 and list(first[0].captions.values()) == ["picture number 000000000"]
     beside = replace(source, index=pairs / "index")
     read_sources([beside], DropLedger())
-    assert sorted(path.name for path in (pairs / "index").glob("*.arrow")) == [
-        "webdataset-00000.arrow",
-        "webdataset-00001.arrow",
+    assert [path.name for path in sorted((pairs / "index").rglob("*.json"))] == [
+        "webdataset-00000.json",
+        "webdataset-00001.json",
     ]
+    other = replace(beside, path=str(pairs / "00001.tar"))  # of the same folder and name, and yet another source
+    (alone,) = read_sources([other], DropLedger())
+    assert list(alone[0].captions.values()) == ["another"]
+    assert list(read_sources([beside], DropLedger())[0][0].captions)[0] == "webdataset/000000000#0"
 
 
 def test_dropped_samples_are_counted_again_from_the_index_and_images_that_came_are_found(tmp_path: Path) -> None:
@@ -332,3 +337,33 @@ def test_many_tars_are_indexed_by_processes(tmp_path: Path) -> None:
         write_tar(tmp_path / f"{i:05d}.tar", {f"{i}.png": encoded(noise_image(i)), f"{i}.txt": b"x"})
     shards = read_sources([SourceSettings(kind="webdataset", path=str(tmp_path), name="w")], DropLedger())
     assert [sample.key for sample in Samples(shards)] == [f"w/{i}" for i in range(10)]
+
+
+def test_keys_that_share_a_hash_are_two_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lift.sources.index.text_hash", lambda text: 7)
+    image = encoded(noise_image(0))
+    write_tar(tmp_path / "0.tar", {"a.png": image, "a.txt": b"x", "b.png": image, "b.txt": b"y"})
+    (shard,) = read_sources([SourceSettings(kind="webdataset", path=str(tmp_path), name="w")], DropLedger())
+    assert len(shard) == 2
+    write_tar(tmp_path / "1.tar", {"a.png": image, "a.txt": b"x"})
+    with pytest.raises(UserError, match="key 'w/a' of w-0 occurs twice, again in w-1"):
+        read_sources([SourceSettings(kind="webdataset", path=str(tmp_path), name="w")], DropLedger())
+
+
+def index_again(source: SourceSettings, times: int) -> None:
+    for _ in range(times):
+        assert len(Samples(read_sources([source], DropLedger()))) == 1
+
+
+def test_many_processes_may_index_one_source_at_once(tmp_path: Path) -> None:
+    """An image is missing, so that each of them builds the index again."""
+    (tmp_path / "a.png").write_bytes(encoded(noise_image(0)))
+    records = [{"id": name, "image": f"{name}.png", "conversations": [{"from": "gpt", "value": "x"}]} for name in "ab"]
+    (tmp_path / "llava.json").write_text(json.dumps(records))
+    source = SourceSettings(kind="llava_json", path=str(tmp_path / "llava.json"), images=str(tmp_path))
+    processes = [multiprocessing.get_context("fork").Process(target=index_again, args=(source, 30)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]

@@ -21,7 +21,7 @@ from lift.data import Pairs, make_loader
 from lift.embed import embed
 from lift.export import export_encoder
 from lift.model import kept_patches, mean_patch_feature, parameter_groups
-from lift.run_folder import checkpoints
+from lift.run_folder import best_checkpoints, checkpoints
 from lift.settings import EmbedSettings, NegativeSettings, PretrainSettings, SourceSettings, ValidationSettings
 from lift.sources import Samples, read_sources
 from lift.step import TrainingStep
@@ -172,12 +172,13 @@ def test_validation_is_logged_and_the_best_checkpoint_kept(pairs: Path, tiny_llm
     logged = {row["step"]: row for row in rows(settings.out) if "validation_loss" in row}
     assert list(logged) == [5, 10, 12]
     assert all(0 <= row["validation_recall"] <= 1 and np.isfinite(row["validation_loss"]) for row in logged.values())
-    best = json.loads((settings.out / "checkpoints" / "best" / "state.json").read_text())
+    (kept_folder,) = best_checkpoints(settings.out)
+    best = json.loads((kept_folder / "state.json").read_text())
     lowest = min(logged.values(), key=lambda row: row["validation_loss"])
     assert (best["step"], best["validation_loss"]) == (lowest["step"], lowest["validation_loss"])
     if best["step"] == 12:
         last = load_file(checkpoints(settings.out)[-1] / "model.safetensors")
-        kept = load_file(settings.out / "checkpoints" / "best" / "model.safetensors")
+        kept = load_file(kept_folder / "model.safetensors")
         assert all(torch.equal(last[name], kept[name]) for name in last)
     export_encoder(settings.out, tmp_path / "best", "best")
     assert json.loads((tmp_path / "best" / "lift_config.json").read_text())["step"] == best["step"]
