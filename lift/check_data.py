@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from lift.common.errors import UserError
 from lift.common.files import sha256_bytes, write_json
-from lift.common.images import ImageFault, decode_image
+from lift.common.images import ImageFault, decode_image, image_fault
 from lift.common.ledger import DropLedger
 from lift.minilm import minilm_folder
 from lift.settings import CheckDataSettings
-from lift.sources import Samples, Shard, read_sources
+from lift.sources import Samples, Shard, read_sources, repeated_keys
 from lift.sources.samples import read_images
 from lift.store import EmbeddingStore
 
@@ -34,24 +34,29 @@ def check_data(settings: CheckDataSettings) -> None:
     """Prints the report and writes it to OUT/report.json, with OUT/dropped.jsonl beside it.
 
     Raises:
-        UserError: the source cannot be read, or a larger share than `max_drop_fraction` cannot be used; the report is there.
+        UserError: the source cannot be read; or, with the report there, a larger share than `max_drop_fraction` cannot be used,
+            or a key is repeated.
     """
     ledger = DropLedger()
-    shards = read_sources(settings.data, ledger)
+    shards = read_sources(settings.data, ledger, refuse_repeated_keys=False)
     samples = Samples(shards)
     total = len(samples) + len(ledger)
     report: dict[str, Any] = {"images": len(samples), "captions": sum(int(shard.caption_counts().sum()) for shard in shards)}
     report["tokens"] = _caption_lengths(samples, settings)
     report |= _images(shards, settings.workers, ledger)
+    repeated = list(repeated_keys(shards))
+    report["repeated_keys"] = len(repeated)
     report["repeated_captions"] = _repeated(np.concatenate([shard.caption_keys_and_hashes()[1] for shard in shards]))
     if settings.embeddings is not None:
         report["captions_without_embedding"] = _without_embedding(EmbeddingStore(settings.embeddings), shards, ledger)
     report |= {"dropped": ledger.counts(), "drop_share": round(len(ledger) / total, 6)}
-    report["usable"] = len(ledger) <= settings.max_drop_fraction * total
+    report["usable"] = not repeated and len(ledger) <= settings.max_drop_fraction * total
     write_json(settings.out / "report.json", report)
     _print(report)
     print(f"{settings.out / 'report.json'}: {ledger.summary(total)}")
     ledger.check(total, settings.max_drop_fraction, settings.out / "dropped.jsonl")
+    if repeated:
+        raise UserError(f"{len(repeated)} keys are repeated, which a run refuses; {repeated[0]}.")
 
 
 def _caption_lengths(samples: Samples, settings: CheckDataSettings) -> dict[str, Any]:
@@ -80,7 +85,8 @@ class _Look:
     """What decoding one image told."""
 
     key: str
-    fault: str | None
+    fault: tuple[str, str] | None
+    """Cause and detail."""
     width: int = 0
     height: int = 0
     content: int = 0
@@ -98,7 +104,7 @@ def _look_at(chunk: tuple[Shard, int, int]) -> list[_Look]:
             image = decode_image(content)
             looks.append(_Look(sample.key, None, image.width, image.height, int(sha256_bytes(content)[:16], 16)))
         except (OSError, ImageFault) as error:
-            looks.append(_Look(sample.key, f"{type(error).__name__}: {error}"))
+            looks.append(_Look(sample.key, image_fault(error)))
     return looks
 
 
@@ -107,7 +113,7 @@ def _images(shards: list[Shard], workers: int, ledger: DropLedger) -> dict[str, 
     widths, heights, contents = array("I"), array("I"), array("Q")
     for look in tqdm(_looks(chunks, workers), total=sum(map(len, shards)), desc="decode images", unit="image"):
         if look.fault is not None:
-            ledger.drop(look.key, "undecodable image", look.fault)
+            ledger.drop(look.key, *look.fault)
             continue
         widths.append(look.width)
         heights.append(look.height)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from lift.common.images import ImageFault, decode_rgb
+from lift.common.images import ImageFault, decode_rgb, image_fault
 from lift.images import random_resized_crop
 from lift.order import batch_positions
 from lift.settings import PretrainSettings
@@ -97,13 +97,13 @@ class PairDataset(Dataset):
         caption = self.pairs.caption_of(epoch, number)
         texts = list(sample.captions.values())
         text = texts[caption - int(self.pairs.caption_starts[self.pairs.sample_of(number)])]
-        item = {"step": step, "key": sample.key, "caption_number": caption, "caption": text, "fault": None}
+        item: dict[str, Any] = {"step": step, "key": sample.key, "caption_number": caption, "caption": text, "fault": None}
         try:
             if isinstance(content, OSError):
                 raise content
             image_HW3 = decode_rgb(content)
         except (OSError, ImageFault) as error:
-            return item | {"pixels": torch.zeros(size, size, 3, dtype=torch.uint8), "fault": f"{type(error).__name__}: {error}"}
+            return item | {"pixels": torch.zeros(size, size, 3, dtype=torch.uint8), "fault": image_fault(error)}
         crop = np.random.default_rng([self.settings.seed, epoch, number, 2])
         return item | {"pixels": random_resized_crop(image_HW3, size, self.settings.crop_scale, crop)}
 
@@ -139,7 +139,7 @@ class Collate:
             text=self.text_side(items[0]["step"], numbers, keys, [item["caption"] for item in items]),
             valid_B=torch.from_numpy(readable & self.text_side.is_usable(numbers)),
             keys=keys,
-            faults=[(item["key"], "undecodable image", item["fault"]) for item in items if item["fault"]],
+            faults=[(item["key"], *item["fault"]) for item in items if item["fault"]],
         )
 
 

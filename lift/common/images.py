@@ -26,6 +26,12 @@ class ImageFault(ValueError):
     """The bytes are not a whole image that can be decoded; the message says what was found."""
 
 
+def image_fault(error: OSError | ImageFault) -> tuple[str, str]:
+    """Cause and detail for the drop ledger, of what reading and decoding an image raised."""
+    cause = "undecodable image" if isinstance(error, ImageFault) else "unreadable image"
+    return "missing image" if isinstance(error, FileNotFoundError) else cause, f"{type(error).__name__}: {error}"
+
+
 def decode_image(source: Path | bytes) -> Image.Image:
     """RGB image with the pixels of `decode_rgb`.
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,6 +23,7 @@ from lift.settings import SourceSettings
 from lift.sources import official, tables, webdataset
 from lift.sources.index import Kind, Origin, build_index, read_summary, summary_path
 from lift.sources.json_files import JsonFile, coco_records, llava_records
+from lift.sources.packs import packed
 from lift.sources.samples import Sample, Samples, Shard, TableImage, open_index
 
 __all__ = ["Sample", "Samples", "Shard", "read_sources"]
@@ -38,7 +41,9 @@ INDEXED_IN_PLACE = 8
 """So many files are indexed faster by this process than others are started."""
 
 
-def read_sources(sources: list[SourceSettings], ledger: DropLedger, first: bool = True) -> list[Shard]:
+def read_sources(
+    sources: list[SourceSettings], ledger: DropLedger, first: bool = True, refuse_repeated_keys: bool = True
+) -> list[Shard]:
     """All sources in order, indexed where they are not yet.
 
     Args:
@@ -49,11 +54,17 @@ def read_sources(sources: list[SourceSettings], ledger: DropLedger, first: bool 
     parts = [(source, origin) for source in sources for origin in KINDS[source.kind].origins(source)]
     _refuse_double_names([f"{source.name}-{origin.stem}" for source, origin in parts])
     _build(parts, first)
-    shards = [shard for source, origin in parts for shard in _shards(source, origin, ledger)]
+    summaries = [_summary(source, origin) for source, origin in parts]
+    places = packed([(Path(summary["index"]), summary["rows"]) for summary in summaries])
+    shards: list[Shard] = []
+    for (source, origin), summary, (index, first_row) in zip(parts, summaries, places, strict=True):
+        for drop in summary["dropped"]:
+            ledger.drop(*drop)
+        shards += _shards(source, origin, summary, index, first_row)
     if not shards:
         raise UserError(f"{', '.join(s.path for s in sources)}: no usable image-caption pair. {ledger.summary(len(ledger))}.")
-    if first:
-        _refuse_double_keys(shards)
+    if first and refuse_repeated_keys and (repeated := next(repeated_keys(shards), None)):
+        raise UserError(f"{repeated}. Mend the files, or give the sources different names (data.name).")
     return shards
 
 
@@ -80,31 +91,26 @@ def _build_one(part: tuple[SourceSettings, Origin], look_again: bool) -> str | N
     return None
 
 
-def _shards(source: SourceSettings, origin: Origin, ledger: DropLedger) -> list[Shard]:
+def _summary(source: SourceSettings, origin: Origin) -> dict[str, Any]:
     summary = read_summary(summary_path(source, origin))
-    assert summary is not None
-    for key, cause, detail in summary["dropped"]:
-        ledger.drop(key, cause, detail)
+    assert summary is not None  # it has just been built
+    return summary
+
+
+def _shards(source: SourceSettings, origin: Origin, summary: dict[str, Any], index: Path, first_row: int) -> Iterator[Shard]:
+    """The samples of one origin in parts; its rows begin at `first_row` of the file `index`."""
     table = TableImage(source.path, source.split, source.image_field, -1) if source.kind == "hf_dataset" else None
     starts = range(0, summary["rows"], SHARD_SAMPLES)
     name = f"{source.name}-{origin.stem}"
-    return [
-        Shard(
-            name if len(starts) == 1 else f"{name}-{number:05d}",
-            Path(summary["index"]),
-            start,
-            min(start + SHARD_SAMPLES, summary["rows"]),
-            summary["content"],
-            table,
-        )
-        for number, start in enumerate(starts)
-    ]
+    for number, start in enumerate(starts):
+        stop = min(start + SHARD_SAMPLES, summary["rows"])
+        part = name if len(starts) == 1 else f"{name}-{number:05d}"
+        yield Shard(part, index, first_row + start, first_row + stop, summary["content"], table)
 
 
 def content_hash(shards: list[Shard]) -> str:
     """Hash over the keys and captions of all shards in their order, which decide what every step of a run sees."""
-    contents = {shard.index_file: shard.content for shard in shards}
-    return sha256_text("\n".join(contents.values()))
+    return sha256_text("\n".join(dict.fromkeys(shard.content for shard in shards)))
 
 
 def _refuse_double_names(names: list[str]) -> None:
@@ -113,8 +119,11 @@ def _refuse_double_names(names: list[str]) -> None:
         raise UserError(f"two sources have a shard '{name}'. Give the sources different names (data.name).")
 
 
-def _refuse_double_keys(shards: list[Shard]) -> None:
-    """Looks for hashes that repeat, 16 bytes a sample, and then at their keys, since two keys may share a hash."""
+def repeated_keys(shards: list[Shard]) -> Iterator[str]:
+    """What is wrong, for each key that occurs again.
+
+    Looks for hashes that repeat, 16 bytes a sample, and then at their keys, since two keys may share a hash.
+    """
     samples = Samples(shards)
     hashes = np.empty(len(samples), np.uint64)
     for shard, start in zip(shards, samples.starts, strict=False):
@@ -122,14 +131,9 @@ def _refuse_double_keys(shards: list[Shard]) -> None:
         hashes[start : start + len(shard)] = open_index(shard.index_file)["key_hash"].slice(shard.start, len(shard)).to_numpy()
     in_order = np.sort(hashes)
     repeated = np.unique(in_order[1:][in_order[1:] == in_order[:-1]])
-    if not len(repeated):
-        return
     shard_of: dict[str, str] = {}
     for number in np.flatnonzero(np.isin(hashes, repeated)):
         key, name = samples.key(int(number)), samples.shard_of(int(number)).name
         if key in shard_of:
-            raise UserError(
-                f"key '{key}' of {shard_of[key]} occurs twice, again in {name}. Mend them, or give the sources different names "
-                "(data.name)."
-            )
+            yield f"key '{key}' of {shard_of[key]} occurs twice, again in {name}"
         shard_of[key] = name

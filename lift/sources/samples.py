@@ -88,7 +88,7 @@ class Shard(Sequence[Sample]):
     start: int
     stop: int
     content: str
-    """Hash of the keys and captions of the whole index file."""
+    """Hash of the keys and captions of the whole file or table that the shard is a part of."""
     table: TableImage | None = None
     """The table that holds the images of a `datasets` source; its row is filled in for each sample."""
 

@@ -7,6 +7,7 @@ by ranges, many at once where the file system can.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +19,8 @@ from lift.common.errors import UserError
 from lift.common.files import require_file, sha256_text
 
 OPEN_FILES = 256
+PAUSES = (1.0, 4.0, 16.0)
+"""Seconds before a remote read is tried again."""
 
 
 def is_remote(path: str) -> bool:
@@ -89,12 +92,26 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         paths = [filesystem._strip_protocol(ranges[number][0]) for number in numbers]
         starts = [ranges[number][1] for number in numbers]
         ends = [None if ranges[number][2] < 0 else ranges[number][1] + ranges[number][2] for number in numbers]
-        for number, content in zip(numbers, filesystem.cat_ranges(paths, starts, ends, on_error="raise"), strict=True):
+        for number, content in zip(numbers, _fetch(filesystem, paths, starts, ends), strict=True):
             found[number] = content
     for (path, offset, size), content in zip(ranges, found, strict=True):
         if size >= 0 and len(content) != size:
             raise OSError(f"{path}: expected {size} bytes at byte {offset}, found {len(content)}; the file has changed")
     return found
+
+
+def _fetch(filesystem: Any, paths: list[str], starts: list[int], ends: list[int | None]) -> list[bytes]:
+    """Tries again what a network may mend, and raises OSError for what it does not, whatever the file system calls it."""
+    for pause in (*PAUSES, None):
+        try:
+            return filesystem.cat_ranges(paths, starts, ends, on_error="raise")
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # each protocol's client has exceptions of its own
+            if pause is None:
+                raise OSError(f"{paths[0]} and {len(paths) - 1} others: {type(error).__name__}: {error}") from error
+            time.sleep(pause)
+    raise AssertionError("unreachable")
 
 
 def fingerprint(path: str) -> str:

@@ -61,3 +61,14 @@ def test_captions_without_embedding_are_counted(tmp_path: Path, pairs: Path, tin
     assert status == 0
     assert report["captions"] == 25 and report["captions_without_embedding"] == 1
     assert report["dropped"] == {"no embedding of a caption": 1}
+
+
+def test_repeated_keys_are_reported_before_they_are_refused(tmp_path: Path, tiny_llm: Path) -> None:
+    image = encoded(noise_image(0))
+    for name in ("0", "1"):
+        write_tar(
+            tmp_path / "pairs" / f"{name}.tar", {"a.png": image, "a.txt": b"x", f"{name}b.png": image, f"{name}b.txt": b"y"}
+        )
+    status, report = check(tmp_path, tmp_path / "pairs", tiny_llm, "--workers", "0")
+    assert status == 2 and not report["usable"]
+    assert report["repeated_keys"] == 1 and report["images"] == 4

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -364,3 +365,47 @@ def test_many_processes_may_index_one_source_at_once(tmp_path: Path) -> None:
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0, 0]
+
+
+def test_a_network_that_fails_is_asked_again(pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/flaky/0.tar", (pairs / "00000.tar").read_bytes())
+    samples = Samples(read_sources([SourceSettings(kind="webdataset", path="memory://flaky")], DropLedger()))
+    fetch, left = type(memory).cat_ranges, [2]
+
+    class Reset(Exception):
+        """Of a client that does not use OSError."""
+
+    def flaky(self: object, *arguments: object, **options: object) -> list[bytes]:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise Reset("connection reset")
+        return fetch(self, *arguments, **options)
+
+    monkeypatch.setattr(type(memory), "cat_ranges", flaky)
+    monkeypatch.setattr("lift.sources.storage.PAUSES", (0.0, 0.0, 0.0))
+    assert decode_image(samples[0].image.read()).tobytes() == noise_image(0).tobytes()
+    left[0] = 9
+    with pytest.raises(OSError, match="Reset: connection reset"):
+        samples[0].image.read()
+
+
+def test_many_indexes_are_packed_and_read_as_before(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(7):
+        members: dict[str, bytes] = {}
+        for j in range(i % 3):  # some tars are empty
+            members |= {f"{i}_{j}.png": encoded(noise_image(i * 3 + j)), f"{i}_{j}.txt": f"caption {i} {j}".encode()}
+        write_tar(tmp_path / "tars" / f"{i}.tar", members)
+    source = SourceSettings(kind="webdataset", path=str(tmp_path / "tars"), name="w")
+    alone = read_sources([source], DropLedger())
+    monkeypatch.setattr("lift.sources.packs.MOST_ALONE", 3)
+    monkeypatch.setattr("lift.sources.packs.INDEXES_IN_A_PACK", 2)
+    monkeypatch.setattr("lift.sources.SHARD_SAMPLES", 1)
+    cut = read_sources([source], DropLedger())
+    assert len(list(cache.rglob("pack-*.arrow"))) == 4
+    assert {shard.index_file.name[:5] for shard in cut} == {"pack-"}
+    assert list(Samples(cut)) == list(Samples(alone))
+    assert [pair for shard in cut for pair in shard.keyed_captions()] == [pair for s in alone for pair in s.keyed_captions()]
+    assert [Samples(cut).key(i) for i in range(len(Samples(cut)))] == [sample.key for sample in Samples(alone)]
+    assert content_hash(cut) == content_hash(alone)
+    assert np.concatenate([shard.caption_counts() for shard in cut]).tolist() == [1] * len(Samples(alone))
