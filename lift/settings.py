@@ -73,7 +73,8 @@ class TextEncoderSettings:
     """Tokens, prompt and special tokens included; longer captions are truncated, as in the official recipe (77 short, 323
     long), and counted."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Of weights and activations; auto: bf16 on a GPU that has it, else fp32. Pooling is float32."""
+    """Of weights and activations; auto: bf16 where the GPU, or without one the CPU, computes in it, else fp32; what it came
+    to is recorded. Pooling is float32."""
     normalise: bool = False
     """Scale embeddings to unit length before they are stored; the official recipe does not."""
     batch_tokens: int | None = None

@@ -45,7 +45,7 @@ def tiny_pretrain(pairs: Path, llm: Path, out: Path, objective: str = "contrasti
         data=[SourceSettings(kind="webdataset", path=pairs)],
         out=out,
         objective=objective,  # type: ignore[arg-type]
-        text_encoder=TextEncoderSettings(kind="causal_lm", path=str(llm)),
+        text_encoder=TextEncoderSettings(kind="causal_lm", path=str(llm), precision="fp32"),
         text_transform=TextTransformSettings(kind="whiten"),
         vision=VisionSettings(image_size=16, patch_size=8, width=16, layers=2, heads=2),
         clip_text=ClipTextSettings(width=16, layers=1, heads=2, context_length=16, embedding_dim=16, vocabulary_size=300),

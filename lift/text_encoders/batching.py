@@ -90,10 +90,13 @@ class TextEncoder(ABC):
 
 
 def resolve_precision(precision: str) -> str:
-    """The precision that `auto` means on this machine: bf16 on a GPU that computes in it, else fp32."""
+    """The precision that `auto` means on this machine: bf16 where its GPU, or else its CPU, computes in it, else fp32."""
     if precision != "auto":
         return precision
-    return "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    able = getattr(torch.cpu, "get_capabilities", dict)()  # not there before torch 2.13
+    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
 
 
 def token_batches(lengths: Sequence[int], budget: int) -> Iterator[tuple[int, int]]:

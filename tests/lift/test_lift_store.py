@@ -229,9 +229,9 @@ def test_store_of_another_encoder_is_refused(pairs: Path, tiny_llm: Path, tmp_pa
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_causal_lm_embedding_does_not_depend_on_its_batch(tiny_llm: Path, pooling: str) -> None:
     captions = ["a", "a much longer caption than the others", "b c", "a"]
-    together = load_text_encoder(TextEncoderSettings(kind="causal_lm", path=str(tiny_llm), pooling=pooling))  # type: ignore[arg-type]
+    together = load_text_encoder(TextEncoderSettings(kind="causal_lm", path=str(tiny_llm), pooling=pooling, precision="fp32"))  # type: ignore[arg-type]
     alone = load_text_encoder(
-        TextEncoderSettings(kind="causal_lm", path=str(tiny_llm), pooling=pooling, batch_tokens=1)  # type: ignore[arg-type]
+        TextEncoderSettings(kind="causal_lm", path=str(tiny_llm), pooling=pooling, batch_tokens=1, precision="fp32")  # type: ignore[arg-type]
     )
     np.testing.assert_allclose(together.encode(captions), alone.encode(captions), atol=1e-5)
     assert np.array_equal(together.encode(captions)[0], together.encode(captions)[3])
@@ -243,7 +243,7 @@ def test_minilm_matches_sentence_transformers_and_knows_meaning() -> None:
     from lift.minilm import minilm_folder
 
     captions = ["a dog runs on the beach", "a puppy is running by the sea", "the stock market fell"]
-    ours = load_text_encoder(TextEncoderSettings()).encode(captions)
+    ours = load_text_encoder(TextEncoderSettings(precision="fp32")).encode(captions)
     reference = SentenceTransformer(str(minilm_folder()), device="cpu").encode(captions)
     np.testing.assert_allclose(ours, reference, atol=1e-5)
     assert ours[0] @ ours[1] > 0.5 > 0.2 > ours[0] @ ours[2]

@@ -131,7 +131,8 @@ def sentence_transformer(base: Path, out: Path, pooling: str, left: bool = False
 
 
 def encoder_of(path: Path, **options: Any) -> Any:
-    return load_text_encoder(TextEncoderSettings(path=str(path), **options))
+    """In fp32, which `auto` may not mean on every machine."""
+    return load_text_encoder(TextEncoderSettings(path=str(path), **{"precision": "fp32", **options}))
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -283,7 +284,7 @@ def test_packaged_minilm_equals_its_own_encode() -> None:
     from lift.minilm import minilm_folder
 
     captions = [*CAPTIONS, " ".join(["a long caption of many words"] * 60)]
-    ours = load_text_encoder(TextEncoderSettings(max_length=256)).encode_counted(captions)
+    ours = load_text_encoder(TextEncoderSettings(max_length=256, precision="fp32")).encode_counted(captions)
     expected = np.asarray(SentenceTransformer(str(minilm_folder()), device="cpu").encode(captions))
     np.testing.assert_allclose(ours.embeddings, expected, atol=1e-5, rtol=0)
     assert ours.truncated == 1
