@@ -130,9 +130,6 @@ class Shard(Sequence[Sample]):
         table = open_index(self.index_file).slice(self.start, len(self))
         return _usable_counts(table["captions"].combine_chunks())
 
-    def keys(self) -> list[str]:
-        return open_index(self.index_file)["key"].slice(self.start, len(self)).to_pylist()
-
     def _captions(self, column: str) -> tuple[pa.Array, pa.Array]:
         table = open_index(self.index_file).slice(self.start, len(self))
         lists = table[column].combine_chunks()
@@ -164,20 +161,22 @@ class Samples(Sequence[Sample]):
     def __getitem__(self, number: Any) -> Any:
         if isinstance(number, slice):
             return [self[i] for i in range(*number.indices(len(self)))]
-        number = range(len(self))[number]
-        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
-        return self.shards[shard][number - int(self.starts[shard])]
+        shard, place = self._place(range(len(self))[number])
+        return shard[place]
 
     def __iter__(self) -> Iterator[Sample]:
         return (sample for shard in self.shards for sample in shard)
 
     def key(self, number: int) -> str:
-        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
-        row = self.shards[shard].start + number - int(self.starts[shard])
-        return open_index(self.shards[shard].index_file)["key"][row].as_py()
+        shard, place = self._place(number)
+        return open_index(shard.index_file)["key"][shard.start + place].as_py()
 
     def shard_of(self, number: int) -> Shard:
-        return self.shards[int(np.searchsorted(self.starts, number, side="right")) - 1]
+        return self._place(number)[0]
+
+    def _place(self, number: int) -> tuple[Shard, int]:
+        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
+        return self.shards[shard], number - int(self.starts[shard])
 
     def captions(self) -> Iterator[str]:
         return (caption for shard in self.shards for _, caption in shard.keyed_captions())

@@ -64,17 +64,10 @@ def open_file(path: str) -> IO[bytes]:
         return filesystem.open(inner, "rb")
 
 
-def read_bytes(path: str, offset: int = 0, size: int = -1) -> bytes:
-    """`size` bytes at `offset`; the whole file when `size` is -1.
-
-    Raises:
-        OSError: the file cannot be read, or is shorter.
-    """
-    return read_ranges([(path, offset, size)])[0]
-
-
 def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
-    """(path, offset, size) of each; remote ones of one file system are asked for together, which hides their latency.
+    """`size` bytes at `offset` of each (path, offset, size), the whole file when the size is -1.
+
+    Remote ones of one file system are asked for together, which hides their latency.
 
     Raises:
         OSError: a file cannot be read, or is shorter.

@@ -11,7 +11,7 @@ from lift.common.errors import UserError
 from lift.settings import SourceSettings
 from lift.sources.index import IndexWriter, Origin
 from lift.sources.samples import TableImage
-from lift.sources.storage import read_bytes
+from lift.sources.storage import read_ranges
 
 SAVED_TO_DISK = ("state.json", "dataset_dict.json")
 
@@ -53,7 +53,7 @@ def read_image(image: TableImage) -> bytes:
     stored = _images(image.path, image.split, image.column)[image.row][image.column]
     if stored["bytes"]:
         return stored["bytes"]
-    return read_bytes(stored["path"])
+    return read_ranges([(stored["path"], 0, -1)])[0]
 
 
 def _batches(column: Any, rows: int = 1000) -> Any:

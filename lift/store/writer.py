@@ -68,9 +68,6 @@ class StoreWriter:
         """The columns of a finished shard, memory-mapped."""
         return read_shard_file(self.path(shard), self.dimension, self.dtype)
 
-    def keys(self, shard: str) -> list[str]:
-        return self.read(shard).keys.to_pylist()
-
     def write_shard(
         self,
         shard: str,

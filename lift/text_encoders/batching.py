@@ -95,7 +95,7 @@ def resolve_precision(precision: str) -> str:
         return precision
     if torch.cuda.is_available():
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    able = getattr(torch.cpu, "get_capabilities", dict)()  # not there before torch 2.13
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # not there before torch 2.13
     return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "fp32"
 
 
