@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import subprocess
@@ -77,7 +78,10 @@ def measure_apart(method: str, batch_size: int, dimension: int, tile: int) -> di
     if method == "plain" and 4 * (PLAIN_MATRICES * batch_size**2 + 4 * batch_size * dimension) > free:
         return None
     cell = json.dumps([method, batch_size, dimension, tile])
-    done = subprocess.run([sys.executable, __file__, "--cell", cell], check=True, stdout=subprocess.PIPE, text=True)
+    # a tile that is returned goes back to the system, so that the peak is what is in use and not what malloc keeps
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    command = [sys.executable, __file__, "--cell", cell]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
     return json.loads(done.stdout)
 
 
