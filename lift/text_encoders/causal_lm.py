@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lift.settings import TextEncoderSettings
 from lift.text_encoders.batching import TextEncoder, Tokenised, pad, padding_mask, tokenise_texts
+from lift.text_encoders.onednn import use_onednn
 
 
 class CausalLMEncoder(TextEncoder):
@@ -34,6 +35,7 @@ class CausalLMEncoder(TextEncoder):
         if info["missing_keys"]:
             raise ValueError(f"weights are missing, which would run at random: {sorted(info['missing_keys'])[:3]}")
         self.model: Any = model.base_model.eval().to(device)
+        use_onednn(self.model)
         self.dimension = int(model.config.get_text_config().hidden_size)
         self.ending: list[int] = []
         end = self.tokenizer.eos_token_id

@@ -23,6 +23,7 @@ from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 from lift.common.files import read_json
 from lift.settings import TextEncoderSettings
 from lift.text_encoders.batching import TextEncoder, Tokenised, pad, padding_mask, tokenise_texts
+from lift.text_encoders.onednn import use_onednn
 
 DECODER = {
     "vocab_size": 32000,
@@ -65,6 +66,7 @@ class NVEmbedEncoder(TextEncoder):
         masked = config.get("is_mask_instruction", True) and config.get("padding_side", "right") == "right"
         self.prompt_length = len(self.tokenizer.tokenize(settings.prompt)) if masked and settings.prompt else 0
         self.model = load_nv_embed(folder, config, self.dtype, device)
+        use_onednn(self.model)
         self.dimension = self.model.latent_attention_model.latents.shape[1]
 
     def tokenise(self, captions: list[str]) -> Tokenised:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lift.settings import TextEncoderSettings
 from lift.text_encoders.batching import TextEncoder, Tokenised, overflowed, pad
+from lift.text_encoders.onednn import use_onednn
 
 
 class SentenceTransformerEncoder(TextEncoder):
@@ -31,6 +32,7 @@ class SentenceTransformerEncoder(TextEncoder):
         if not isinstance(transformer, Transformer) or set(transformer.modality_config) != {"text"}:
             raise ValueError(f"its first module is {type(transformer).__name__}, expected a transformer over text alone")
         transformer.unpad_inputs = False
+        use_onednn(transformer)
         self.transformer: Any = transformer
         self.further_modules = [module.float() for module in list(model)[1:]]
         self.tokenizer = transformer.tokenizer

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
@@ -23,6 +23,7 @@ from lift.settings import TextEncoderSettings
 from lift.text_encoders import describe_text_encoder, load_text_encoder
 from lift.text_encoders.batching import TextEncoder, Tokenised, pad, padding_mask, token_batches
 from lift.text_encoders.nv_embed import LatentAttention, NVEmbed
+from lift.text_encoders.onednn import OneDnnLinear, use_onednn
 
 CAPTIONS = ["a dog", "two people stand beside a train at the station", "a dog", "A small wooden table", "猫が寝ている 🐱", "x"]
 NV_RUNS = {
@@ -274,6 +275,21 @@ def test_sentence_transformer_equals_its_own_encode(
     assert ours.dimension == 20
     np.testing.assert_allclose(ours.encode(captions), expected, atol=1e-5, rtol=0)
     assert ours.encode_counted(captions).truncated == 1
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN")
+def test_linear_layers_by_onednn_are_the_same_to_rounding(tiny_llm: Path) -> None:
+    torch.manual_seed(0)
+    plain = nn.ModuleList([nn.Linear(24, 40), nn.Linear(24, 7, bias=False), nn.Linear(24, 40).bfloat16()])
+    x_BLD = torch.randn(3, 5, 24)
+    expected = [layer(x_BLD).detach() for layer in plain[:2]]
+    use_onednn(plain)
+    assert [type(layer) for layer in plain] == [OneDnnLinear, OneDnnLinear, nn.Linear]
+    for layer, value in zip(plain, expected, strict=False):
+        with torch.inference_mode():
+            torch.testing.assert_close(layer(x_BLD), value, atol=1e-6, rtol=0)
+    layers = [module for module in encoder_of(tiny_llm).model.modules() if isinstance(module, nn.Linear)]
+    assert layers and {type(layer) for layer in layers} == {OneDnnLinear}
 
 
 def test_packaged_minilm_equals_its_own_encode() -> None:
