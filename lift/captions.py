@@ -20,6 +20,7 @@ import numpy as np
 from lift.common.errors import UserError
 from lift.common.files import require_file
 from lift.common.ledger import DropLedger
+from lift.store import text_hashes
 
 Format = Literal["lines", "jsonl"]
 
@@ -69,6 +70,9 @@ class CaptionListShard:
         if _shard_name(self.format, self.first, self.repeated, digest) != self.name:
             raise UserError(f"{self.path}: was changed while its captions were being embedded. Start again.")
         return keyed
+
+    def caption_hashes(self) -> np.ndarray:
+        return text_hashes([caption for _, caption in self.keyed_captions()])
 
     def sample_of(self, caption_key: str) -> str:
         """Each line of a list is a sample of its own."""

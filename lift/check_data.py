@@ -46,7 +46,7 @@ def check_data(settings: CheckDataSettings) -> None:
     report |= _images(shards, settings.workers, ledger)
     repeated = list(repeated_keys(shards))
     report["repeated_keys"] = len(repeated)
-    report["repeated_captions"] = _repeated(np.concatenate([shard.caption_keys_and_hashes()[1] for shard in shards]))
+    report["repeated_captions"] = _repeated(np.concatenate([shard.caption_hashes() for shard in shards]))
     if settings.embeddings is not None:
         report["captions_without_embedding"] = _without_embedding(EmbeddingStore(settings.embeddings), shards, ledger)
     report |= {"dropped": ledger.counts(), "drop_share": round(len(ledger) / total, 6)}

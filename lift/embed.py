@@ -2,16 +2,18 @@
 
 The shard is the unit of work: `embed_shard` embeds one and writes its file, or checks the file that an earlier run wrote.
 An engine calls it for every shard, in this process or on a Ray cluster; the driver keeps lock, drop ledger and manifest.
+Captions that several shards hold are embedded before, as shards of their own (`lift/repeated.py`).
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from tqdm import tqdm
@@ -20,6 +22,9 @@ from lift.captions import read_captions
 from lift.common.errors import UserError
 from lift.common.files import locked_folder, sweep
 from lift.common.ledger import DropLedger
+from lift.repeated import DTYPE as REPEATED_DTYPE
+from lift.repeated import FOLDER as REPEATED
+from lift.repeated import look_up, repeated_captions
 from lift.settings import EmbedSettings, TextEncoderSettings
 from lift.sources import read_sources
 from lift.store import EmbeddingStore, StoreDtype, StoreWriter, storable, text_hash
@@ -35,6 +40,10 @@ class CaptionShard(Protocol):
 
     def keyed_captions(self) -> list[tuple[str, str]]:
         """(caption key, caption)."""
+        ...
+
+    def caption_hashes(self) -> np.ndarray:
+        """uint64, `text_hash` of each of these captions."""
         ...
 
     def sample_of(self, caption_key: str) -> str:
@@ -148,23 +157,41 @@ def _embed_missing(
         description = describe_text_encoder(text_encoder)
         with open_engine(text_encoder) as engine:
             writer = StoreWriter(out, description, engine.dimension, dtype)
+            if not all(map(writer.has, names)):
+                _embed_repeated(shards, writer, description, engine)
             reports = engine.run(shards, writer)
             total = _account(tqdm(reports, total=len(shards), desc="embed captions", unit="shard"), ledger)
+        shutil.rmtree(out / REPEATED, ignore_errors=True)
         sweep(out)
         ledger.check(total, max_drop_fraction, out / "dropped.jsonl")
         writer.finish(names)
     return total
 
 
+def _embed_repeated(shards: Sequence[CaptionShard], writer: StoreWriter, description: dict[str, Any], engine: Engine) -> None:
+    """Embeds the captions that several shards hold, where `embed_shard` looks them up."""
+    units = repeated_captions(shards)
+    folder = writer.folder / REPEATED
+    with locked_folder(folder):
+        for path in folder.glob("*.arrow"):
+            if path.stem not in {unit.name for unit in units}:
+                path.unlink()  # of captions that were other ones then
+        advance = StoreWriter(folder, description, writer.dimension, REPEATED_DTYPE)
+        for _ in tqdm(engine.run(units, advance), total=len(units), desc="embed repeated captions", unit="unit"):
+            pass
+
+
 def embed_shard(shard: CaptionShard, encoder: TextEncoder, writer: StoreWriter, progress: str | None = None) -> ShardReport:
     """Embeds the captions in one call of the encoder and writes the shard's file; a file that is there is checked instead.
 
-    A caption whose embedding cannot be stored is left out and reported.
+    Captions that were embedded in advance are not embedded again. A caption whose embedding cannot be stored is left out and
+    reported.
     """
     if writer.has(shard.name):
         return _check_shard(shard, writer.read(shard.name), writer.folder)
     keyed = shard.keyed_captions()
-    encoded = encoder.encode_counted([caption for _, caption in keyed], progress)
+    captions = [caption for _, caption in keyed]
+    encoded = encoder.encode_counted(captions, progress, look_up(writer.folder / REPEATED, writer.dimension, captions))
     fits = storable(encoded.embeddings, writer.dtype)
     lost: dict[str, list[str]] = {}
     for number in np.flatnonzero(~fits):

@@ -36,8 +36,9 @@ def run(arguments: list[str], errors: Path, die_at_rename: int | None = None, ma
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Name -> sha256 of all files of a folder."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+    """Name -> sha256 of all files below a folder."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def _run(arguments: list[str], errors: Path, die_at_rename: int | None, max_bytes: int | None) -> None:

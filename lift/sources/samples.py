@@ -125,6 +125,11 @@ class Shard(Sequence[Sample]):
         keys, hashes = self._captions("caption_hashes")
         return keys, hashes.to_numpy(zero_copy_only=False)
 
+    def caption_hashes(self) -> np.ndarray:
+        """uint64 of every caption, in the order of `keyed_captions`."""
+        lists = open_index(self.index_file).slice(self.start, len(self))["caption_hashes"].combine_chunks()
+        return lists.flatten().drop_null().to_numpy()
+
     def caption_counts(self) -> np.ndarray:
         """int64 [samples]: how many captions can be used."""
         table = open_index(self.index_file).slice(self.start, len(self))

@@ -20,7 +20,12 @@ from lift.common.errors import UserError
 from lift.common.files import atomic_file, sha256_text
 from lift.quantise import CHUNK, QuantisedRows, blocks, dequantise, quantise
 
-StoreDtype = Literal["float16", "int8"]
+StoreDtype = Literal["float16", "int8", "float32"]
+"""float32 is for files that are needed only while a store is made."""
+FLOATS: dict[StoreDtype, tuple[type[np.floating], pa.DataType]] = {
+    "float16": (np.float16, pa.float16()),
+    "float32": (np.float32, pa.float32()),
+}
 Drop = tuple[str, str, str]
 """(key, cause, detail), as the drop ledger has it."""
 
@@ -83,7 +88,7 @@ class ShardFile:
     caption_hashes: np.ndarray
     """uint64 [rows]; 0 in a store whose captions are unknown."""
     embedding_ND: np.ndarray
-    """float16, or int8 codes."""
+    """Floats, or int8 codes."""
     row_scale_N: np.ndarray | None
     block_scale_NK: np.ndarray | None
     statistics: ShardStatistics
@@ -94,8 +99,8 @@ class ShardFile:
 
 def schema(dimension: int, dtype: StoreDtype) -> pa.Schema:
     fields = [("key", pa.string()), ("key_hash", pa.uint64()), ("caption_hash", pa.uint64())]
-    if dtype == "float16":
-        return pa.schema([*fields, ("embedding", pa.list_(pa.float16(), dimension))])
+    if dtype in FLOATS:
+        return pa.schema([*fields, ("embedding", pa.list_(FLOATS[dtype][1], dimension))])
     scales = [("row_scale", pa.float32()), ("block_scale", pa.list_(pa.uint8(), blocks(dimension)))]
     return pa.schema([*fields, ("embedding", pa.list_(pa.int8(), dimension)), *scales])
 
@@ -122,10 +127,10 @@ def write_shard_file(
         )
     columns: list[Any] = [pa.array(keys, pa.string()), pa.array(text_hashes(keys))]
     columns.append(pa.array(text_hashes(captions) if captions is not None else np.zeros(len(keys), np.uint64)))
-    if dtype == "float16":
-        halves_ND = embeddings_ND.astype(np.float16)
-        columns.append(_list_array(halves_ND))
-        errors = _cosine_errors(embeddings_ND, lambda part: halves_ND[part])
+    if dtype in FLOATS:
+        stored_ND = embeddings_ND.astype(FLOATS[dtype][0])
+        columns.append(_list_array(stored_ND))
+        errors = _cosine_errors(embeddings_ND, lambda part: stored_ND[part])
     else:
         quantised = quantise(embeddings_ND)
         columns += [_list_array(quantised.codes_ND), pa.array(quantised.row_scale_N), _list_array(quantised.block_scale_NK)]

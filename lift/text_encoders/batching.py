@@ -8,8 +8,9 @@ captions given, never on their order, so the same call gives the same bytes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -69,14 +70,22 @@ class TextEncoder(ABC):
         return self.encode_counted(captions, progress).embeddings
 
     @torch.inference_mode()
-    def encode_counted(self, captions: list[str], progress: str | None = None) -> Encoded:
-        """Embeds each distinct caption once, longest first, and counts captions over max_length in the same tokenisation."""
+    def encode_counted(
+        self, captions: list[str], progress: str | None = None, known: Mapping[str, np.ndarray] = MappingProxyType({})
+    ) -> Encoded:
+        """Embeds each distinct caption once, longest first, and counts captions over max_length in the same tokenisation.
+
+        `known` holds embeddings, float32 [dimension], of captions that were embedded before.
+        """
         distinct = sorted(set(captions))
         tokens = self.tokenise(distinct) if distinct else Tokenised([], [], [])
-        order = sorted(range(len(distinct)), key=lambda index: -tokens.lengths[index])
         embeddings = np.full((len(distinct), self.dimension), np.nan, np.float32)
+        for index, caption in enumerate(distinct):
+            embeddings[index] = known.get(caption, np.nan)
+        unknown = [index for index, caption in enumerate(distinct) if caption not in known]
+        order = sorted(unknown, key=lambda index: -tokens.lengths[index])
         budget = self.settings.batch_tokens or BATCH_TOKENS[self.device.type]
-        with tqdm(total=len(distinct), desc=progress, unit="caption", disable=progress is None, leave=False) as bar:
+        with tqdm(total=len(order), desc=progress, unit="caption", disable=progress is None, leave=False) as bar:
             for start, stop in token_batches([tokens.lengths[index] for index in order], budget):
                 batch = order[start:stop]
                 embedded_BD = self.forward([tokens.rows[index] for index in batch])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -11,6 +12,7 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import embed_jobs
 import numpy as np
@@ -23,9 +25,12 @@ from lift.common.cli import run_command
 from lift.common.errors import UserError
 from lift.common.ledger import DropLedger
 from lift.embed import embed
+from lift.repeated import look_up, repeated_captions
 from lift.settings import EmbedSettings, SourceSettings, TextEncoderSettings
 from lift.store import EmbeddingStore, text_hashes
+from lift.store.shard_file import write_shard_file
 from lift.text_encoders import Encoded, load_text_encoder
+from lift.text_encoders.causal_lm import CausalLMEncoder
 
 ODD_CAPTIONS = [
     "nul \0 inside",
@@ -43,9 +48,9 @@ def keyed(shards: list[CaptionListShard]) -> list[tuple[str, str]]:
 
 @pytest.fixture
 def job(tiny_llm: Path, tmp_path: Path) -> Callable[[str], list[str]]:
-    """The arguments of `lift embed` of 40 captions in 5 shards to a folder of the given name."""
+    """The arguments of `lift embed` of 40 captions, 15 of them twice, in 5 shards to a folder of the given name."""
     captions = tmp_path / "captions.jsonl"
-    rows = [{"key": f"k{i}" + "x" * 100 * i, "caption": f"caption {i % 7} " + "long " * i} for i in range(40)]
+    rows = [{"key": f"k{i}" + "x" * 100 * i, "caption": "caption " + "long " * (i % 25)} for i in range(40)]
     captions.write_text("".join(json.dumps(row) + "\n" for row in rows))
     encoder = ["--text-encoder", str(tiny_llm), "--text_encoder.batch_tokens", "64"]
     return lambda out: ["embed", "--captions", str(captions), "--shard-size", "8", *encoder, "--out", str(tmp_path / out)]
@@ -166,9 +171,9 @@ class CountingEncoder:
     def __init__(self) -> None:
         self.given: list[list[str]] = []
 
-    def encode_counted(self, captions: list[str], progress: str | None = None) -> Encoded:
-        self.given.append(captions)
-        rows = [[np.nan if caption == "bad" else len(caption), 1] for caption in captions]
+    def encode_counted(self, captions: list[str], progress: str | None = None, known: Any = {}) -> Encoded:  # noqa: B006
+        self.given.append([caption for caption in captions if caption not in known])
+        rows = [known.get(caption, [np.nan if caption == "bad" else len(caption), 1]) for caption in captions]
         return Encoded(np.array(rows, np.float32), sum(len(caption) > 2 for caption in captions))
 
 
@@ -183,17 +188,67 @@ def encoder(monkeypatch: pytest.MonkeyPatch) -> CountingEncoder:
 
 
 def test_a_shard_is_one_call_and_a_caption_without_embedding_is_in_the_ledger(encoder: CountingEncoder, tmp_path: Path) -> None:
-    (tmp_path / "list.txt").write_text("a\nbb\na\nbad\na\nbbb\n")
+    (tmp_path / "list.txt").write_text("b\nbb\nb\nbad\nb\nbbb\n")
     embed(EmbedSettings(captions=tmp_path / "list.txt", out=tmp_path / "store", shard_size=5, max_drop_fraction=0.2))
-    assert encoder.given == [["a", "bb", "a", "bad", "a"], ["bbb"]]
+    assert encoder.given == [["b", "bb", "b", "bad", "b"], ["bbb"]]
     store = EmbeddingStore(tmp_path / "store")
-    texts = ["a", "bb", "a", "bad", "a", "bbb"]
+    texts = ["b", "bb", "b", "bad", "b", "bbb"]
     rows = store.match("", [f"captions/{n}" for n in range(1, 7)], text_hashes(texts))
     assert rows.tolist() == [0, 1, 2, -1, 3, 4]
     assert store.rows(rows[rows >= 0])[:, 0].tolist() == [1, 2, 1, 1, 3]
     assert store.manifest["truncated"] == 2
     dropped = [json.loads(line) for line in (tmp_path / "store" / "dropped.jsonl").read_text().splitlines()]
     assert dropped == [{"key": "captions/4", "cause": "embedding not finite", "detail": "captions/4"}]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_a_caption_of_several_shards_is_embedded_once(
+    dtype: Any, tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rows, the statistics and the ledger are those of embedding every shard for itself, in one batch size."""
+    texts = [f"{'word ' * (i % 11)}x" for i in range(40)]
+    captions = tmp_path / "list.txt"
+    captions.write_text("".join(f"{text}\n" for text in texts))
+    encoder = TextEncoderSettings(path=str(tiny_llm), kind="causal_lm", batch_tokens=1, max_length=9, precision="fp32")
+    settings = EmbedSettings(captions=captions, text_encoder=encoder, shard_size=7, dtype=dtype, out=tmp_path / "once")
+    forwarded: list[int] = []
+    forward = CausalLMEncoder.forward
+    monkeypatch.setattr(CausalLMEncoder, "forward", lambda self, rows: forwarded.append(len(rows)) or forward(self, rows))
+    monkeypatch.setattr("lift.repeated.UNIT_CAPTIONS", 4)
+    embed(settings)
+    assert sum(forwarded) == 11
+    monkeypatch.setattr("lift.embed.repeated_captions", lambda shards: [])
+    embed(dataclasses.replace(settings, out=tmp_path / "each"))
+    assert sum(forwarded) == 11 + 40
+    assert embed_jobs.hashes(tmp_path / "once") == embed_jobs.hashes(tmp_path / "each")
+    assert EmbeddingStore(tmp_path / "once").manifest["truncated"] > 5
+
+
+def test_a_repeated_caption_without_embedding_is_dropped_from_every_shard(encoder: CountingEncoder, tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("a\nbad\nbb\nbad\na\nccc\n")
+    embed(EmbedSettings(captions=tmp_path / "list.txt", out=tmp_path / "store", shard_size=2, max_drop_fraction=0.4))
+    assert [sorted(given) for given in encoder.given] == [["a", "bad"], ["bad"], ["bad", "bb"], ["ccc"]]
+    store = EmbeddingStore(tmp_path / "store")
+    assert store.rows(np.arange(len(store)))[:, 0].tolist() == [1, 2, 1, 3]
+    dropped = [json.loads(line) for line in (tmp_path / "store" / "dropped.jsonl").read_text().splitlines()]
+    assert [row["key"] for row in dropped] == ["captions/2", "captions/4"]
+    assert not (tmp_path / "store" / "repeated").exists()
+
+
+def test_repeated_captions_are_cut_by_hash_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lift.repeated.UNIT_CAPTIONS", 6)
+    (tmp_path / "list.txt").write_text("".join(f"c{i % 30}\n" for i in range(50)))
+    units = repeated_captions(read_captions(tmp_path / "list.txt", "lines", 25, DropLedger()))
+    assert [len(unit.captions) for unit in units] == [6, 6, 6, 2]
+    captions = [caption for unit in units for caption in unit.captions]
+    assert sorted(captions) == sorted(f"c{i}" for i in range(20))
+    hashes = text_hashes(captions)
+    assert (hashes[1:] > hashes[:-1]).all()
+    for unit in units:
+        rows = np.array([[int(caption[1:]), 1] for caption in unit.captions], np.float32)
+        write_shard_file(tmp_path / f"{unit.name}.arrow", "float32", unit.captions, unit.captions, rows)
+    found = look_up(tmp_path, 2, ["c3", "c25", "c19", "nowhere", "c3"])
+    assert {caption: row.tolist() for caption, row in found.items()} == {"c3": [3, 1], "c19": [19, 1]}
 
 
 def test_finished_and_unfinished_stores_of_other_captions_are_refused(encoder: CountingEncoder, tmp_path: Path) -> None:
@@ -260,11 +315,12 @@ def test_killed_before_any_of_its_renames_it_ends_with_the_same_bytes(job: Calla
     renames = 0
     while embed_jobs.run(job(f"killed{renames}"), errors, die_at_rename=renames) == -signal.SIGKILL:
         store = tmp_path / f"killed{renames}"
-        assert list(store.glob("*.partial")) and not (store / "manifest.json").exists()
+        assert list(store.rglob("*.partial")) and not (store / "manifest.json").exists()
         assert embed_jobs.run(job(store.name), errors) == 0, errors.read_text()
         assert embed_jobs.hashes(store) == whole
         renames += 1
-    assert renames == 5 + 3  # the shards, the description of the encoder, the ledger, the manifest
+    # the shards, the repeated captions, two descriptions of the encoder, the ledger, the manifest
+    assert renames == 5 + 1 + 2 + 2
 
 
 def test_killed_at_random_instants_it_ends_with_the_same_bytes(job: Callable[[str], list[str]], tmp_path: Path) -> None:
@@ -321,7 +377,7 @@ def test_a_file_that_cannot_grow_is_one_message_and_a_restart_completes(
     )
     left = embed_jobs.hashes(tmp_path / "full")
     assert 0 < len(list((tmp_path / "full").glob("*.arrow"))) < 5
-    assert left.items() <= whole.items()
+    assert {name: left[name] for name in left if not name.startswith("repeated/")}.items() <= whole.items()
     assert embed_jobs.run(job("full"), errors) == 0, errors.read_text()
     assert embed_jobs.hashes(tmp_path / "full") == whole
 
@@ -329,7 +385,7 @@ def test_a_file_that_cannot_grow_is_one_message_and_a_restart_completes(
 def test_a_full_disk_is_one_message_and_nothing_is_left_of_the_file(
     job: Callable[[str], list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    fsync, left = os.fsync, [4]
+    fsync, left = os.fsync, [6]
 
     def full_after_some_files(descriptor: int) -> None:
         if left[0] == 0:
@@ -340,7 +396,7 @@ def test_a_full_disk_is_one_message_and_nothing_is_left_of_the_file(
     monkeypatch.setattr(os, "fsync", full_after_some_files)
     assert run_command("lift", COMMANDS, job("full")) == 2
     assert "error: [Errno 28] No space left on device. Free room" in capsys.readouterr().err
-    assert sorted(path.suffix or path.name for path in (tmp_path / "full").iterdir()) == [*[".arrow"] * 3, ".json", ".lock"]
+    assert sorted(path.suffix or path.name for path in (tmp_path / "full").glob("*.*")) == [*[".arrow"] * 3, ".json", ".lock"]
     left[0] = 100
     assert run_command("lift", COMMANDS, job("full")) == 0
     assert len(EmbeddingStore(tmp_path / "full")) == 40
