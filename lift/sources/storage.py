@@ -80,7 +80,8 @@ def read_ranges(ranges: Sequence[tuple[str, int, int]]) -> list[bytes]:
         elif size < 0:
             found[number] = Path(path).read_bytes()
         else:
-            found[number] = os.pread(_opened(path, os.getpid()).fileno(), size, offset)
+            file = _opened(path, os.getpid())  # held, because in another thread it may leave the cache, which closes it
+            found[number] = os.pread(file.fileno(), size, offset)
     for filesystem, numbers in remote.items():
         paths = [filesystem._strip_protocol(ranges[number][0]) for number in numbers]
         starts = [ranges[number][1] for number in numbers]

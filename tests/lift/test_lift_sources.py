@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from lift.common.ledger import DropLedger
 from lift.settings import SourceSettings
 from lift.sources import Samples, content_hash, read_sources, webdataset
 from lift.sources.samples import read_images
+from lift.sources.storage import _opened, read_ranges
 from lift.store import text_hash
 
 
@@ -409,3 +412,19 @@ def test_many_indexes_are_packed_and_read_as_before(tmp_path: Path, cache: Path,
     assert [Samples(cut).key(i) for i in range(len(Samples(cut)))] == [sample.key for sample in Samples(alone)]
     assert content_hash(cut) == content_hash(alone)
     assert np.concatenate([shard.caption_counts() for shard in cut]).tolist() == [1] * len(Samples(alone))
+
+
+def test_threads_read_the_same_files_while_they_leave_the_cache_of_open_ones(tmp_path: Path) -> None:
+    for number in range(8):
+        (tmp_path / str(number)).write_bytes(bytes([number]) * 64)
+    ranges = [(str(tmp_path / str(number)), number, 32) for number in range(8)] * 40
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            for _ in range(5):
+                _opened.cache_clear()
+                found = list(pool.map(lambda item: read_ranges([item])[0], ranges))
+                assert found == [bytes([number]) * 32 for number in range(8)] * 40
+    finally:
+        sys.setswitchinterval(interval)
