@@ -260,7 +260,7 @@ def test_embeddings_that_are_not_finite_are_counted_and_fail_the_store_again_and
     class Encoder:
         dimension = 4
 
-        def encode_counted(self, captions: list[str], progress: str | None = None) -> Encoded:
+        def encode_counted(self, captions: list[str], progress: str | None = None, known: object = None) -> Encoded:
             values = np.ones((len(captions), 4), np.float32)
             values[[i for i, caption in enumerate(captions) if "000000005" in caption]] = np.nan
             return Encoded(values, truncated=0)
