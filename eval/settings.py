@@ -93,7 +93,7 @@ class EncoderSettings:
     out: Path | None = None
     """Folder for the results; runs/eval/ENCODER when not given."""
     protocol: Literal["standard", "official"] = "standard"
-    """`official` repeats the published LIFT evaluation scripts, with what is questionable in them (docs/encoder_benchmarks.md)."""
+    """`official` repeats the published LIFT evaluation scripts, also what is questionable in them."""
     allow_missing: bool = False
     """Score the items whose image is there, and record which are not, instead of stopping at the first missing image."""
     batch_size: int = 64
