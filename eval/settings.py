@@ -201,10 +201,10 @@ class ScoreSettings:
 
 @dataclass
 class CompareSettings:
-    """Compares two runs on the same questions, per subtask, with paired statistics."""
+    """Compares two encoders or two LMMs on the same items, per subtask, with paired statistics."""
 
     run_a: Path
-    """Run folder written by `lift-eval lmm`; differences are A - B."""
+    """Folder written by `lift-eval encoder` or by `lift-eval lmm`; differences are A - B."""
     run_b: Path
     """Run folder of the baseline."""
     out: Path | None = None
