@@ -139,9 +139,8 @@ def comparison_table(comparison: dict[str, Any]) -> str:
     for row in comparison["rows"]:
         plain = row["statistic"] == "median_rank"
         values = [f"{row[key]:g}" if plain else percent(row[key]) for key in ("value_a", "value_b")]
-        signed = [
-            f"{value:+g}" if plain else percent(value, signed=True) for value in [row["difference"], *(row["interval"] or [])]
-        ]
+        numbers: list[float] = [row["difference"], *(row["interval"] or [])]
+        signed = [f"{number:+g}" if plain else percent(number, signed=True) for number in numbers]
         interval = f"[{signed[1]}, {signed[2]}]" if row["interval"] else "–"
         discordant = "–" if row["only_a"] is None else f"{row['only_a']}:{row['only_b']}"
         p_values = ["–" if row[key] is None else f"{row[key]:.3g}" for key in ("p_value", "p_holm")]
