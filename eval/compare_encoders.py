@@ -78,7 +78,7 @@ def compare_task(
         measure = Measure.from_dict(metric)
         found_a, found_b = (outcomes(table, measure) for table in tables)
         found_b = _in_order_of(found_a, found_b, name)
-        row = {"metric": name, "statistic": measure.statistic, "n": len(found_a.ids)}
+        row: dict[str, Any] = {"metric": name, "statistic": measure.statistic, "n": len(found_a.ids)}
         row |= paired_difference(found_a, found_b, measure.statistic == "median_rank", resamples, seed)
         rows.append(row | {"p_holm": None})
     tested = [row for row in rows if row["p_value"] is not None]
@@ -91,7 +91,8 @@ def paired_difference(a: Outcomes, b: Outcomes, is_median: bool, resamples: int,
     """Values, difference A - B, its percentile bootstrap interval over clusters, discordant items and McNemar's exact p."""
     if is_median:
         value_a, value_b = float(np.median(a.value_N)), float(np.median(b.value_N))
-        drawn, p_value, only_a, only_b = _median_draws(a, b, min(resamples, 1000), seed), None, None, None
+        drawn = _median_draws(a, b, min(resamples, 1000), seed)
+        p_value = only_a = only_b = None
     else:
         value_a, value_b = float(a.weight_N @ a.value_N), float(b.weight_N @ b.value_N)
         drawn = _mean_draws(a.value_N - b.value_N, a, resamples, seed)
