@@ -107,7 +107,8 @@ def _coco_captions(path: Path, split: str) -> Iterator[tuple[str, str, list[Any]
             captions.setdefault(row["image_id"], []).append(row["caption"])
         # by id, as pycocotools and so the official script go through them
         for row in sorted(_rows(values, "images", path), key=lambda row: row["id"]):
-            yield str(row["id"]), row["file_name"], captions.pop(row["id"], [])
+            # files of several splits together say which one's folder an image lies in
+            yield str(row["id"]), "/".join(filter(None, (row.get("split"), row["file_name"]))), captions.pop(row["id"], [])
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: expected images (id, file_name) and annotations (id, image_id, caption): {error}.") from error
     if captions:

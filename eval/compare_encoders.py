@@ -94,7 +94,7 @@ def paired_difference(a: Outcomes, b: Outcomes, is_median: bool, resamples: int,
         drawn = _median_draws(a, b, min(resamples, 1000), seed)
         p_value = only_a = only_b = None
     else:
-        value_a, value_b = float(a.weight_N @ a.value_N), float(b.weight_N @ b.value_N)
+        value_a, value_b = a.mean, b.mean
         drawn = _mean_draws(a.value_N - b.value_N, a, resamples, seed)
         only_a, only_b = int(np.sum(a.value_N > b.value_N)), int(np.sum(a.value_N < b.value_N))
         p_value = float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0

@@ -39,8 +39,8 @@ def encoder(settings: EncoderSettings) -> None:
     print(results_table(results))
     for name, found in data.items():
         if found.missing:
-            kept = len(found.missing)
-            print(f"{name}: {kept} items left out, their images are missing: {', '.join(found.missing[:3])}, ...")
+            shown = ", ".join(found.missing[:3]) + (", ..." if len(found.missing) > 3 else "")
+            print(f"{name}: {len(found.missing)} left out, their images are missing: {shown}. The table is over the rest.")
     print(f"{out}: {RESULTS}, {RECORDS_FILE}")
 
 

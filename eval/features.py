@@ -53,8 +53,18 @@ class Features:
         return normalised(self.aligned_texts(texts, label))
 
     def aligned_texts(self, texts: Sequence[str], label: str = "texts") -> np.ndarray:
-        """float32 [N, D] in the image space before normalisation, as the official SugarCrepe script uses LIFT's texts."""
-        return self.encoder.align(self.raw_texts(texts, label))
+        """float32 [N, D] in the image space before normalisation, as the official SugarCrepe script uses LIFT's texts.
+
+        Raises:
+            UserError: they have another dimension than the images, or are not finite.
+        """
+        text_ND = self.encoder.align(self.raw_texts(texts, label))
+        if text_ND.shape[1] != self.encoder.embedding_dim:
+            raise UserError(
+                f"{self.encoder.name}: expected texts of {self.encoder.embedding_dim} dimensions, as its images have, found "
+                f"{text_ND.shape[1]}. Use the text encoder that it was aligned to."
+            )
+        return text_ND
 
     def raw_texts(self, texts: Sequence[str], label: str = "texts") -> np.ndarray:
         """float32 [N, T], as the text encoder gives them."""

@@ -82,6 +82,11 @@ class Outcomes:
     ids: list[str]
     """`subtask/id`."""
 
+    @property
+    def mean(self) -> float:
+        """Of the strata's means."""
+        return float(np.mean(np.bincount(self.stratum_N, self.value_N) / np.bincount(self.stratum_N)))
+
 
 def records_table(task: str, records: Iterable[Record]) -> pa.Table:
     """The records of one task under `RECORDS`."""
@@ -139,7 +144,7 @@ def measured(table: pa.Table, measure: Measure) -> dict[str, Any]:
     if measure.statistic == "median_rank":
         value, interval = float(np.median(found.value_N)), median_interval(found.value_N, found.cluster_N)
     else:
-        value, interval = float(found.weight_N @ found.value_N), mean_interval(found)
+        value, interval = found.mean, mean_interval(found)
     return measure.to_dict() | {"value": value, "n": len(found.value_N), "ties": ties, "interval": list(interval)}
 
 
@@ -151,7 +156,7 @@ def mean_interval(found: Outcomes) -> tuple[float, float]:
     items of one stratum that are right or wrong this is Wilson's interval of a proportion.
     """
     n = len(found.value_N)
-    mean = float(np.clip(found.weight_N @ found.value_N, 0.0, 1.0))
+    mean = found.mean
     stratum_mean_S = np.bincount(found.stratum_N, found.value_N) / np.bincount(found.stratum_N)
     residual_N = found.weight_N * (found.value_N - stratum_mean_S[found.stratum_N])
     variance = float(np.sum(np.bincount(found.cluster_N, residual_N) ** 2))

@@ -61,5 +61,5 @@ def _chunk_ranks(similarity_BM: torch.Tensor, right: list[np.ndarray]) -> Ranks:
     best_B = torch.full((len(right),), -torch.inf, device=device).scatter_reduce(0, row_P, right_P, "amax")
     similarity_BM[row_P, column_P] = -torch.inf  # what is left are wrong items
     rank_B = (similarity_BM >= best_B[:, None]).sum(dim=1)
-    wrong_B = similarity_BM.amax(dim=1)
-    return Ranks(*(values.cpu().numpy() for values in (rank_B, wrong_B == best_B, best_B, wrong_B)))
+    tie_B = (similarity_BM == best_B[:, None]).any(dim=1)
+    return Ranks(*(values.cpu().numpy() for values in (rank_B, tie_B, best_B, similarity_BM.amax(dim=1))))
