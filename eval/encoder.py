@@ -1,187 +1,109 @@
-"""`lift-eval encoder`: an encoder folder comes in; hard-negative accuracy, retrieval and every item's scores go out.
-
-Hard negatives: SugarCrepe (arXiv 2306.14610). Retrieval: the first caption of every pair; pairs with the same caption text
-count as correct for each other.
-"""
+"""`lift-eval encoder`: an image-text encoder comes in; the measures of the chosen benchmarks and every item's scores go out."""
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-from tqdm import tqdm
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from eval.encoder_data import SUBTASKS, HardNegatives, Pair, decode, read_hard_negatives, read_pairs
-from eval.metrics import Metric, hard_negative_accuracy, recall_at, retrieval_ranks
+from eval.features import Features
+from eval.measures import measured, records_table
 from eval.output import format_table, percent
-from eval.settings import EncoderSettings, given
+from eval.settings import EncoderSettings
+from eval.tasks import TASKS, Task, TaskData, load_task
+from lift.common.environment import describe_environment
 from lift.common.errors import UserError
-from lift.common.files import atomic_folder, check_output_folder, read_json, require_folder, write_json, write_jsonl
+from lift.common.files import atomic_folder, check_output_folder, write_json
+from lift.common.settings import nearest
 
-RECALL_AT = (1, 5, 10)
+if TYPE_CHECKING:
+    from eval.encoders import ImageTextEncoder
 
-
-class Encoder(Protocol):
-    """What `lift.encoder.load_encoder` returns: L2-normalised float32 features, [N, D]."""
-
-    @property
-    def content_hash(self) -> str: ...
-
-    def encode_images(self, images: Sequence[Image.Image], batch_size: int = 64) -> NDArray[np.float32]: ...
-
-    def encode_texts(self, texts: Sequence[str]) -> NDArray[np.float32]: ...
+RESULTS, RECORDS_FILE = "results.json", "records.parquet"
 
 
 def encoder(settings: EncoderSettings) -> None:
     """Command `lift-eval encoder`."""
-    check_output_folder(given(settings.out, "out"), "results.json")
-    from lift.encoder import load_encoder
+    tasks = chosen_tasks(settings.tasks)
+    out = settings.out or default_out(settings)
+    check_output_folder(out, RESULTS)
+    data = {name: task.read(getattr(settings, task.settings), settings.allow_missing) for name, task in tasks.items()}
+    from eval.encoders import open_encoder  # after the data: a mistyped path is answered before a model is loaded
 
-    evaluate(load_encoder(require_folder(settings.folder, "an encoder folder")), settings)
+    model = open_encoder(settings.encoder)
+    results = evaluate(model, settings, tasks, data, out)
+    print(results_table(results))
+    for name, found in data.items():
+        if found.missing:
+            kept = len(found.missing)
+            print(f"{name}: {kept} items left out, their images are missing: {', '.join(found.missing[:3])}, ...")
+    print(f"{out}: {RESULTS}, {RECORDS_FILE}")
 
 
-def evaluate(model: Encoder, settings: EncoderSettings) -> dict[str, Any]:
-    """Writes `settings.out` (`results.json`, `records.jsonl`), prints the table and returns the results.
+def chosen_tasks(names: str) -> dict[str, Task]:
+    """Raises UserError naming the nearest task for an unknown name, and for none or one given twice."""
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    if not chosen or len(set(chosen)) < len(chosen):
+        raise UserError(f"--tasks: expected different names separated by commas, found '{names}'.")
+    for name in chosen:
+        if name not in TASKS:
+            raise UserError(f"--tasks: unknown task '{name}'. {nearest(name, list(TASKS))}")
+    return {name: load_task(name) for name in chosen}
 
-    Results of the same encoder on the same data that are there already are shown again.
+
+def default_out(settings: EncoderSettings) -> Path:
+    """runs/eval and a name made of the last two parts of the encoder's, so that `RUN/encoder` says which run."""
+    parts = re.split(r"[/:]+", settings.encoder.strip("/"))[-2:]
+    name = re.sub(r"[^\w.-]+", "_", "-".join(parts)).strip(".-_") or "encoder"
+    return Path("runs/eval") / (name if settings.protocol == "standard" else f"{name}-{settings.protocol}")
+
+
+def evaluate(
+    model: ImageTextEncoder, settings: EncoderSettings, tasks: dict[str, Task], data: dict[str, TaskData], out: Path
+) -> dict[str, Any]:
+    """Writes `out` (`results.json`, `records.parquet`) and returns the results.
+
+    Features are kept on disk (see `eval.features`), so that an interrupted run goes on and a repeated one only scores.
 
     Raises:
-        UserError: faulty items (see `encoder_data`), or an encoder whose features are not finite.
+        UserError: an image that cannot be decoded, or an encoder whose features are not finite.
     """
-    out = given(settings.out, "out")
-    negatives = read_hard_negatives(
-        given(settings.sugar_crepe, "sugar_crepe"), given(settings.images, "images"), settings.allow_missing
-    )
-    data_hash = {"sugar_crepe": negatives.data_hash}
-    pairs: list[Pair] = []
-    if settings.retrieval is not None:
-        pairs, data_hash["retrieval"] = read_pairs(settings.retrieval)
-    made_from = {"encoder_hash": model.content_hash, "data_hash": data_hash, "missing_images": negatives.missing}
-    earlier = read_json(out / "results.json") if (out / "results.json").is_file() else {}
-    if earlier.items() >= made_from.items():
-        print(f"{out}: reused, results of the same encoder on the same data.")
-        results = earlier
-    else:
-        results, records = _measure(model, negatives, pairs, settings)
-        results = made_from | results
-        with atomic_folder(out) as work:
-            write_jsonl(work / "records.jsonl", records)
-            write_json(work / "results.json", results)
-    print(metrics_table(results["metrics"]))
-    if negatives.missing:
-        print(f"{len(negatives.missing)} items left out, their images are missing: {', '.join(negatives.missing[:5])} ...")
+    features = Features(model, settings.protocol, settings.batch_size, settings.workers)
+    tables: list[pa.Table] = []
+    metrics: dict[str, Any] = {}
+    of_tasks: dict[str, Any] = {}
+    for name, task in tasks.items():
+        start = time.monotonic()
+        scored = task.score(data[name], features)
+        table = records_table(name, scored.records)
+        metrics |= {f"{name}/{measure.name}": measured(table, measure) for measure in scored.measures}
+        of_tasks[name] = {"missing": data[name].missing, "notes": data[name].notes, "details": scored.details}
+        of_tasks[name] |= {"seconds": round(time.monotonic() - start, 1)}
+        tables.append(table)
+    results = {
+        "encoder": model.name,
+        "encoder_hash": model.content_hash,
+        "protocol": settings.protocol,
+        "data_hash": {name: data[name].data_hash for name in tasks},
+        "metrics": metrics,
+        "tasks": of_tasks,
+        "environment": describe_environment(),
+    }
+    with atomic_folder(out) as work:
+        pq.write_table(pa.concat_tables(tables), work / RECORDS_FILE)
+        write_json(work / RESULTS, results)
     return results
 
 
-def _measure(
-    model: Encoder, negatives: HardNegatives, pairs: list[Pair], settings: EncoderSettings
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What `results.json` says beside the inputs' hashes, and one record for every item."""
-    start = time.monotonic()
-    metrics, records = _score_hard_negatives(model, negatives, settings.batch_size)
-    if pairs:
-        retrieval_metrics, retrieval_records = _score_retrieval(model, pairs, settings.batch_size)
-        metrics, records = metrics | retrieval_metrics, records + retrieval_records
-    results: dict[str, Any] = {
-        "encoder": str(settings.folder.resolve()),
-        "data": {name: str(path) for name, path in _data_paths(settings)},
-        "metrics": {name: metric.to_dict() for name, metric in metrics.items()},
-        "seconds": round(time.monotonic() - start, 1),
-    }
-    return results, records
-
-
-def metrics_table(metrics: dict[str, Any]) -> str:
-    """`metrics` of results.json as text, in percent."""
-    rows = [
-        (name, m["n"], percent(m["value"]), f"{percent(m['interval'][0])}–{percent(m['interval'][1])}", m["ties"])
-        for name, m in metrics.items()
-    ]
-    return format_table(["metric", "n", "%", "95 % interval", "ties"], rows)
-
-
-def _data_paths(settings: EncoderSettings) -> list[tuple[str, Path]]:
-    named = [("sugar_crepe", settings.sugar_crepe), ("images", settings.images), ("retrieval", settings.retrieval)]
-    return [(name, path.resolve()) for name, path in named if path is not None]
-
-
-def _score_hard_negatives(
-    model: Encoder, negatives: HardNegatives, batch_size: int
-) -> tuple[dict[str, Metric], list[dict[str, Any]]]:
-    items = negatives.items
-    paths = sorted({item.image for item in items})
-    captions = sorted({text for item in items for text in (item.caption, item.negative_caption)})
-    image_PD = _encode_images(model, [(path, str(path)) for path in paths], batch_size, "images of hard negatives")
-    text_CD = _encode_texts(model, captions, batch_size, "captions of hard negatives")
-    row_of_image = {path: row for row, path in enumerate(paths)}
-    row_of_caption = {caption: row for row, caption in enumerate(captions)}
-    image_ND = image_PD[[row_of_image[item.image] for item in items]]
-    positive_N = np.sum(image_ND * text_CD[[row_of_caption[item.caption] for item in items]], axis=1)
-    negative_N = np.sum(image_ND * text_CD[[row_of_caption[item.negative_caption] for item in items]], axis=1)
-    subtask_N = np.array([item.subtask for item in items])
-    metrics = {
-        f"sugar_crepe/{name}": hard_negative_accuracy(positive_N[subtask_N == name], negative_N[subtask_N == name])
-        for name in SUBTASKS
-        if (subtask_N == name).any()
-    }
-    metrics["sugar_crepe/all"] = hard_negative_accuracy(positive_N, negative_N)
-    records = [
-        {
-            "metric": f"sugar_crepe/{item.subtask}",
-            "id": item.id,
-            "image": item.image.name,
-            "score_positive": float(positive),
-            "score_negative": float(negative),
-            "correct": 0.5 if positive == negative else float(positive > negative),
-        }
-        for item, positive, negative in zip(items, positive_N, negative_N, strict=True)
-    ]
-    return metrics, records
-
-
-def _score_retrieval(model: Encoder, pairs: list[Pair], batch_size: int) -> tuple[dict[str, Metric], list[dict[str, Any]]]:
-    captions = sorted({pair.caption for pair in pairs})
-    label_of_caption = {caption: label for label, caption in enumerate(captions)}
-    label_N = np.array([label_of_caption[pair.caption] for pair in pairs], dtype=np.int64)
-    image_ND = _encode_images(model, [(pair.image, pair.key) for pair in pairs], batch_size, "images of pairs")
-    text_ND = _encode_texts(model, captions, batch_size, "captions of pairs")[label_N]
-    metrics: dict[str, Metric] = {}
-    records: list[dict[str, Any]] = []
-    for name, query_ND, gallery_ND in (("image_to_text", image_ND, text_ND), ("text_to_image", text_ND, image_ND)):
-        ranks, ties = retrieval_ranks(query_ND, gallery_ND, label_N, label_N)
-        metrics |= {f"retrieval/{name}_r{k}": recall_at(ranks, ties, k) for k in RECALL_AT}
-        records += [
-            {"metric": f"retrieval/{name}", "id": pair.key, "rank": int(rank)} for pair, rank in zip(pairs, ranks, strict=True)
-        ]
-    return metrics, records
-
-
-def _encode_images(model: Encoder, sources: list[tuple[Path | bytes, str]], batch_size: int, label: str) -> NDArray[np.float32]:
-    features = [
-        model.encode_images([decode(source, name) for source, name in batch], batch_size=batch_size)
-        for batch in _batches(sources, batch_size, label)
-    ]
-    return _finite(np.concatenate(features), label)
-
-
-def _encode_texts(model: Encoder, texts: list[str], batch_size: int, label: str) -> NDArray[np.float32]:
-    return _finite(np.concatenate([model.encode_texts(batch) for batch in _batches(texts, batch_size, label)]), label)
-
-
-def _batches(items: list[Any], size: int, label: str) -> Iterator[list[Any]]:
-    with tqdm(total=len(items), desc=label) as progress:
-        for start in range(0, len(items), size):
-            batch = items[start : start + size]
-            yield batch
-            progress.update(len(batch))
-
-
-def _finite(features_ND: NDArray[np.float32], label: str) -> NDArray[np.float32]:
-    if not np.isfinite(features_ND).all():
-        raise UserError(f"The encoder gives features that are not finite for the {label}. Check its training.")
-    return features_ND
+def results_table(results: dict[str, Any]) -> str:
+    """`metrics` of results.json as text: percent, and plain numbers for median ranks."""
+    rows = []
+    for name, metric in results["metrics"].items():
+        show = (lambda rank: f"{rank:g}") if metric["statistic"] == "median_rank" else percent
+        low, high = map(show, metric["interval"])
+        rows.append((name, metric["n"], show(metric["value"]), f"{low}–{high}", metric["ties"]))
+    return format_table([f"{results['encoder']} ({results['protocol']})", "n", "%", "95 % interval", "ties"], rows)

@@ -5,15 +5,17 @@ This module imports nothing heavy, so that `--help` and a mistyped key answer at
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from lift.common.errors import UserError
+
 
 def given(value: Path | None, name: str) -> Path:
-    """The path of a required option. Raises ValueError when it was not given."""
+    """The path of a required option. Raises UserError when it was not given."""
     if value is None:
-        raise ValueError(f"--{name} is required: a path.")
+        raise UserError(f"--{name} is required: a path.")
     return value
 
 
@@ -23,29 +25,111 @@ def _at_least(value: int, least: int, name: str) -> None:
 
 
 @dataclass
-class EncoderSettings:
-    """Measures an encoder folder: hard negatives (SugarCrepe) and, when given, retrieval on held-out pairs."""
+class HardNegativeData:
+    """Where the items and the images of a hard-negative benchmark are."""
 
-    folder: Path
-    """Encoder folder, as `lift export` writes it."""
-    sugar_crepe: Path | None = None
-    """Folder with the SugarCrepe JSON files; those of the seven that exist are scored."""
+    path: Path | None = None
+    """File or folder with the items, as published."""
     images: Path | None = None
-    """Folder with the images that the SugarCrepe files name."""
-    out: Path | None = None
-    """Folder for the results."""
-    retrieval: Path | None = None
-    """Folder with tars in img2dataset's layout (KEY.jpg, KEY.txt): held-out pairs for retrieval."""
-    allow_missing: bool = False
-    """Score the items whose image is there, and record how many are not, instead of stopping at the first missing image."""
-    batch_size: int = 64
-    """Images or captions encoded at a time."""
+    """Folder with the images that the items name; the folder `images` beside the items when not given."""
+
+
+@dataclass
+class RetrievalData:
+    """Where images and their captions are."""
+
+    path: Path | None = None
+    """Annotation file (Karpathy's JSON, COCO's captions JSON, flickr_annotations_30k.csv), or tars in img2dataset's layout."""
+    images: Path | None = None
+    """Folder with the images that an annotation file names; tars hold theirs."""
+    format: Literal["auto", "karpathy", "coco_captions", "flickr_csv", "webdataset"] = "auto"
+    """Of the annotations; `auto` looks into the file."""
+    split: str = "test"
+    """Split that is taken from an annotation file with several."""
+
+
+@dataclass
+class ClassificationData:
+    """Where images in classes are."""
+
+    path: Path | None = None
+    """Folder with one folder of images a class, or webdataset tars with a KEY.cls member."""
+    classes: Path | None = None
+    """JSON with the classes' names: a list, {folder: name}, or {index: [folder, name]} as ImageNet's class index. Folder names
+    when not given."""
+    templates: str = "openai"
+    """`openai` (80 templates), `official` (the single prompt of the LIFT scripts), or a text file with one template a line in
+    which `{}` is the class."""
+
+
+@dataclass
+class ProbeData:
+    """Labelled images that a classifier on frozen features is trained and tested on, folders or tars as for classification."""
+
+    train: Path | None = None
+    """Images the classifier learns from."""
+    test: Path | None = None
+    """Images it is measured on, of the same classes."""
+    classes: Path | None = None
+    """Names of the classes, as for classification."""
+    neighbours: int = 20
+    """Neighbours that vote (k-NN)."""
+    strengths: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
+    """Inverse regularisation strengths among which the linear probe chooses on a part of its training images."""
 
     def __post_init__(self) -> None:
-        given(self.sugar_crepe, "sugar_crepe")
-        given(self.images, "images")
-        given(self.out, "out")
+        _at_least(self.neighbours, 1, "neighbours")
+
+
+@dataclass
+class EncoderSettings:
+    """Measures an image-text encoder: hard negatives, zero-shot classification, retrieval, probes."""
+
+    encoder: str
+    """Folder of `lift export` or run folder of `lift pretrain`; folder or hub name of a transformers CLIP or SigLIP model; or
+    open_clip:ARCHITECTURE:TAG_OR_FILE."""
+    tasks: str = "sugarcrepe"
+    """Names separated by commas; an unknown one is answered with the list."""
+    out: Path | None = None
+    """Folder for the results; runs/eval/ENCODER when not given."""
+    protocol: Literal["standard", "official"] = "standard"
+    """`official` repeats the published LIFT evaluation scripts, also what is questionable in them."""
+    allow_missing: bool = False
+    """Score the items whose image is there, and record which are not, instead of stopping at the first missing image."""
+    batch_size: int = 64
+    """Images encoded at a time."""
+    workers: int = 2
+    """Threads that read and prepare images."""
+    sugarcrepe: HardNegativeData = field(default_factory=HardNegativeData)
+    """The seven files of SugarCrepe; those that exist are scored."""
+    sugarcrepe_pp: HardNegativeData = field(default_factory=HardNegativeData)
+    """SugarCrepe++."""
+    aro_relation: HardNegativeData = field(default_factory=HardNegativeData)
+    """visual_genome_relation.json and Visual Genome's images."""
+    aro_attribution: HardNegativeData = field(default_factory=HardNegativeData)
+    """visual_genome_attribution.json and Visual Genome's images."""
+    aro_coco_order: HardNegativeData = field(default_factory=HardNegativeData)
+    """coco_karpathy_test.json and COCO's images."""
+    aro_flickr_order: HardNegativeData = field(default_factory=HardNegativeData)
+    """flickr30k_test.json and Flickr30K's images."""
+    winoground: HardNegativeData = field(default_factory=HardNegativeData)
+    """Winoground's examples.jsonl and images."""
+    imagenet: ClassificationData = field(default_factory=ClassificationData)
+    """ImageNet-1k's validation images in folders named by WordNet id."""
+    classification: ClassificationData = field(default_factory=ClassificationData)
+    """Any other classes."""
+    coco: RetrievalData = field(default_factory=RetrievalData)
+    """COCO: Karpathy's 5k test images, or val2017."""
+    flickr30k: RetrievalData = field(default_factory=RetrievalData)
+    """Flickr30K: the 1k test images."""
+    retrieval: RetrievalData = field(default_factory=RetrievalData)
+    """Any other images with captions."""
+    probe: ProbeData = field(default_factory=ProbeData)
+    """For the tasks linear_probe and knn."""
+
+    def __post_init__(self) -> None:
         _at_least(self.batch_size, 1, "batch_size")
+        _at_least(self.workers, 1, "workers")
 
 
 @dataclass
@@ -117,10 +201,10 @@ class ScoreSettings:
 
 @dataclass
 class CompareSettings:
-    """Compares two runs on the same questions, per subtask, with paired statistics."""
+    """Compares two encoders or two LMMs on the same items, per subtask, with paired statistics."""
 
     run_a: Path
-    """Run folder written by `lift-eval lmm`; differences are A - B."""
+    """Folder written by `lift-eval encoder` or by `lift-eval lmm`; differences are A - B."""
     run_b: Path
     """Run folder of the baseline."""
     out: Path | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from tqdm import tqdm
 from lift.common.errors import UserError
 from lift.common.files import atomic_file, require_folder, sha256_file, write_json
 from lift.common.images import ImageFault, decode_image
+from lift.common.reading import read_ahead
 from lift.encoder import Encoder, load_encoder
 from lift.settings import EncodeSettings, given
 
@@ -52,7 +53,7 @@ def encode(settings: EncodeSettings) -> None:
         shape = (len(names), encoder.embedding_dim)
         rows_ND = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
         with tqdm(total=len(names), desc="encode images", unit="image") as bar:
-            for start, loaded in _read_ahead(pool, load, names, settings.batch_size):
+            for start, loaded in read_ahead(pool, load, names, settings.batch_size):
                 rows_ND[start : start + len(loaded)] = _embed(encoder, loaded, settings.raw)
                 undecodable += [name for name, pixels in zip(names[start:], loaded, strict=False) if pixels is None]
                 bar.update(len(loaded))
@@ -80,16 +81,6 @@ def image_files(folder: Path) -> tuple[list[str], int]:
     files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
     names = sorted(path.as_posix() for path in files if path.suffix.lower() in SUFFIXES)
     return names, len(files) - len(names)
-
-
-def _read_ahead(
-    pool: ThreadPoolExecutor, load: Callable[[str], Tensor | None], names: Sequence[str], size: int
-) -> Iterator[tuple[int, list[Tensor | None]]]:
-    """First row and pixels of every batch; the next batch is read while this one is encoded."""
-    waiting = [pool.submit(load, name) for name in names[:size]]
-    for start in range(0, len(names), size):
-        current, waiting = waiting, [pool.submit(load, name) for name in names[start + size : start + 2 * size]]
-        yield start, [future.result() for future in current]
 
 
 def _embed(encoder: Encoder, loaded: Sequence[Tensor | None], raw: bool) -> np.ndarray:

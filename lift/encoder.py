@@ -135,8 +135,7 @@ class Encoder:
             UserError: as `text_embeddings`.
         """
         aligned_ND = self.align(self.text_embeddings(texts, batch_size))
-        # a text transform ends in a normalisation
-        return F.normalize(torch.from_numpy(aligned_ND), dim=-1).numpy() if self.is_clip else aligned_ND
+        return F.normalize(torch.from_numpy(aligned_ND), dim=-1).numpy()
 
     @torch.inference_mode()
     def text_embeddings(self, texts: Sequence[str], batch_size: int = 256) -> np.ndarray:
@@ -162,6 +161,8 @@ class Encoder:
     def align(self, text_NT: np.ndarray) -> np.ndarray:
         """float32 [N, D] in the space of the images from what `text_embeddings` gives: the text transform for LIFT.
 
+        Not normalised.
+
         Raises:
             UserError: `text_NT` has another width than the encoder was aligned to.
         """
@@ -173,7 +174,7 @@ class Encoder:
             )
         if self.is_clip:
             return text_NT
-        return self.text_transform(torch.from_numpy(text_NT)).numpy()
+        return self.text_transform.unnormalised(torch.from_numpy(text_NT)).numpy()
 
     @property
     def _text_settings(self) -> TextEncoderSettings:

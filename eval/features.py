@@ -1,0 +1,113 @@
+"""Features of an encoder for the tasks: unique images and texts come in, float32 rows go out, made once and kept on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from eval.feature_cache import FeatureCache, cache_folder
+from eval.images import ImageItem
+from lift.common.errors import UserError
+from lift.common.files import sha256_text
+from lift.common.reading import read_ahead
+
+if TYPE_CHECKING:
+    from eval.encoders import ImageTextEncoder
+
+Protocol = Literal["standard", "official"]
+WRITE_EVERY = 4096
+"""Rows after which what is new goes to disk: what an interrupted run may lose."""
+
+
+class Features:
+    """What one encoder gives under one protocol.
+
+    Texts are cached by what their raw embedding depends on (encoder, prompt, text), before anything that belongs to the image
+    encoder is applied: encoders aligned to one text encoder share them.
+    """
+
+    def __init__(
+        self, encoder: ImageTextEncoder, protocol: Protocol = "standard", batch_size: int = 64, workers: int = 2
+    ) -> None:
+        self.encoder, self.protocol, self.batch_size, self.workers = encoder, protocol, batch_size, workers
+        self._image_cache = FeatureCache(cache_folder() / f"image-{protocol}-{encoder.content_hash[:32]}")
+
+    def images(self, items: Sequence[ImageItem], label: str = "images") -> np.ndarray:
+        """float32 [N, D], L2-normalised, in the order given; each distinct image is encoded once.
+
+        Raises:
+            UserError: an image that cannot be decoded, or features that are not finite.
+        """
+        unique = {item.content_hash: item for item in items}
+        self._fill(self._image_cache, list(unique), lambda keys: self._encode_images([unique[key] for key in keys]), label)
+        return self._image_cache.read([item.content_hash for item in items])
+
+    def texts(self, texts: Sequence[str], label: str = "texts") -> np.ndarray:
+        """float32 [N, D], L2-normalised, in the order given; each distinct text is encoded once."""
+        return normalised(self.aligned_texts(texts, label))
+
+    def aligned_texts(self, texts: Sequence[str], label: str = "texts") -> np.ndarray:
+        """float32 [N, D] in the image space before normalisation, as the official SugarCrepe script uses LIFT's texts."""
+        return self.encoder.align(self.raw_texts(texts, label))
+
+    def raw_texts(self, texts: Sequence[str], label: str = "texts") -> np.ndarray:
+        """float32 [N, T], as the text encoder gives them."""
+        unique = {sha256_text(text): text for text in texts}
+        cache = self._text_cache()
+        self._fill(cache, list(unique), lambda keys: self._encode_texts([unique[key] for key in keys]), label, unit="text")
+        return cache.read([sha256_text(text) for text in texts])
+
+    def _text_cache(self) -> FeatureCache:
+        if not hasattr(self, "_texts"):  # an encoder imported without its text side has no text hash until it is asked for
+            self._texts = FeatureCache(cache_folder() / f"text-{self.encoder.text_hash[:32]}")
+        return self._texts
+
+    def _encode_images(self, items: list[ImageItem]) -> Iterator[np.ndarray]:
+        def pixels(item: ImageItem) -> Tensor:
+            image = item.load() if self.protocol == "standard" else item.load_as_stored().convert("RGB")
+            return self.encoder.pixel_values(image, self.protocol)
+
+        with ThreadPoolExecutor(max(1, self.workers)) as pool:
+            for _, loaded in read_ahead(pool, pixels, items, self.batch_size):
+                yield normalised(self.encoder.image_embeddings(torch.stack(loaded)).float().cpu().numpy())
+
+    def _encode_texts(self, texts: list[str]) -> Iterator[np.ndarray]:
+        # long chunks let the text encoder sort by length: padding is most of what short batches would compute
+        chunk = max(self.batch_size, 1024)
+        for start in range(0, len(texts), chunk):
+            yield self.encoder.text_embeddings(texts[start : start + chunk])
+
+    def _fill(
+        self,
+        cache: FeatureCache,
+        keys: list[str],
+        encode: Callable[[list[str]], Iterator[np.ndarray]],
+        label: str,
+        unit: str = "image",
+    ) -> None:
+        absent = [key for key in keys if key not in cache]
+        waiting: list[np.ndarray] = []
+        done = 0
+        with tqdm(total=len(absent), desc=f"encode {label}", unit=unit, disable=not absent, leave=False) as bar:
+            for rows_BT in encode(absent) if absent else ():
+                if not np.isfinite(rows_BT).all():
+                    raise UserError(
+                        f"{self.encoder.name}: gives features that are not finite for the {label}. Check its training."
+                    )
+                waiting.append(rows_BT)
+                bar.update(len(rows_BT))
+                held = sum(map(len, waiting))
+                if held >= WRITE_EVERY or done + held == len(absent):
+                    cache.write(absent[done : done + held], np.concatenate(waiting))
+                    done, waiting = done + held, []
+
+
+def normalised(rows_ND: np.ndarray) -> np.ndarray:
+    """float32, each row of length 1; a row of zeros stays."""
+    return rows_ND / np.maximum(np.linalg.norm(rows_ND, axis=-1, keepdims=True), 1e-12)
