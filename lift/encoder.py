@@ -25,7 +25,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPTextModelWith
 from lift.common.errors import UserError
 from lift.common.files import read_json, require_folder, sha256_folder, sha256_text
 from lift.model import class_token_feature, lift_head, mean_patch_feature
-from lift.official import EVALUATION_CROP, official_evaluation_pixels
+from lift.official import EVALUATION_CROP, NOT_WEIGHTS, official_evaluation_pixels
 from lift.settings import TextEncoderSettings
 from lift.text_encoders import describe_text_encoder, load_text_encoder
 from lift.text_side import TrainedTextSide
@@ -241,7 +241,7 @@ def load_checked(model_class: Any, folder: Path) -> Any:
     """`from_pretrained` in float32 that refuses missing and unexpected weights, of which transformers only warns."""
     try:
         model, info = model_class.from_pretrained(folder, output_loading_info=True, dtype=torch.float32)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, *NOT_WEIGHTS) as error:
         raise UserError(f"{folder}: expected a {model_class.__name__} folder: {error}") from error
     faults = {name: sorted(info[name])[:3] for name in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[name]}
     if faults:

@@ -90,12 +90,6 @@ class TransformersEncoder(DualEncoder):
         return {name: sha256_file(self.folder / name) for name in names if (self.folder / name).is_file()}
 
     def _check_tokenizer(self) -> None:
-        rows = self.model.config.text_config.vocab_size
-        if len(self.tokenizer) > rows:
-            raise UserError(
-                f"{self.folder}: its tokenizer has {len(self.tokenizer)} tokens, its text tower {rows}. Put the tokenizer that "
-                "belongs to this model there."
-            )
         end = self.model.config.text_config.eos_token_id
         if not self.family.pads_to_context and end not in (OLD_CLIP_END, self.tokenizer.eos_token_id):
             # transformers would take the feature of every text at its first token
@@ -124,6 +118,12 @@ class TransformersEncoder(DualEncoder):
         batch = self.tokenizer(
             texts, padding=padding, truncation=True, max_length=self.context_length, return_tensors="pt"
         ).to(self.device)  # fmt: skip
+        rows, highest = self.model.config.text_config.vocab_size, int(batch["input_ids"].max())
+        if highest >= rows:  # a GPU would end the process with a bare assertion
+            raise UserError(
+                f"{self.folder}: its tokenizer gives the token {highest}, its text tower has {rows}. Put the tokenizer that "
+                "belongs to this model there."
+            )
         if self.family.pads_to_context:
             return self.model.get_text_features(input_ids=batch["input_ids"]).pooler_output
         return self.model.get_text_features(
