@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from eval.features import Features
-from eval.images import Box, ImageItem, image_item, inside, part_of
+from eval.images import ImageFolder, ImageItem
 from eval.measures import Measure, Record
 from eval.settings import HardNegativeData, given
 from eval.tasks import Scored, Task, TaskData
@@ -55,58 +55,6 @@ def choice(subtask: str, identifier: str, image: ImageItem, captions: Sequence[s
     must_win = tuple((0, wrong) for wrong in range(1, len(captions)))
     pairs = tuple((image, text) for text in captions)
     return Contest(subtask, identifier, pairs, must_win, image.name, official_tie=official_tie)
-
-
-class ImageFolder:
-    """Images of a benchmark below one folder; each file is read and hashed once.
-
-    Args:
-        setting: what the folder was given as, for messages.
-    """
-
-    def __init__(self, folder: Path, allow_missing: bool, setting: str) -> None:
-        self.folder, self.allow_missing, self.setting = folder, allow_missing, setting
-        self.missing: list[str] = []
-        self.overhanging: list[str] = []
-        """Items whose box is partly outside the image."""
-        self._known: dict[str, ImageItem | None] = {}
-        self._size: dict[str, tuple[int, int]] = {}
-
-    def find(self, name: str, item: str, box: Box | None = None) -> ImageItem | None:
-        """The image `name` of `item`; None, and counted, when it is not there and that is allowed.
-
-        Raises:
-            UserError: it is not there, cannot be read, or its name leads out of the folder; the box is not in the image.
-        """
-        if name not in self._known:
-            self._known[name] = self._open(name, item)
-        image = self._known[name]
-        if image is None:
-            self.missing.append(item)
-            return None
-        if box is None:
-            return image
-        if name not in self._size:
-            self._size[name] = image.header()[1]
-        if inside(box, self._size[name], f"{item} ({image.name})") != box:
-            self.overhanging.append(item)
-        return part_of(image, box)
-
-    def _open(self, name: str, item: str) -> ImageItem | None:
-        path = self.folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(f"{item}: expected the name of an image below {self.folder}, found '{name}'.")
-        try:
-            return image_item(path)
-        except FileNotFoundError as error:
-            if self.allow_missing:
-                return None
-            raise UserError(
-                f"{path}: expected the image of {item}, but there is none. Check --{self.setting}, or give --allow_missing "
-                "to score the items whose image is there."
-            ) from error
-        except OSError as error:
-            raise UserError(f"{path}: expected the image of {item}, but it cannot be read: {error}") from error
 
 
 def open_images(settings: HardNegativeData, beside: Path, allow_missing: bool, task: str) -> ImageFolder:
