@@ -1,8 +1,9 @@
-"""An image-text encoder whose features can be worked out by hand: mean colours, and the colour words of a sentence."""
+"""An encoder whose features are known by hand: an image is its mean colour, a text is how often it says red, green and blue."""
 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,41 +13,38 @@ from torch import Tensor
 
 from lift.common.files import sha256_text
 
-WORDS = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0)}
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
 
 class ToyEncoder:
-    """D = 3. `seen` counts how often each text and how many images went through."""
+    """D = 3. `seen` counts how often each text, and how many images, went through; texts are `scale` times too long."""
 
-    embedding_dim = 3
-    is_clip = True
-    device = torch.device("cpu")
+    is_clip, embedding_dim, device = True, 3, torch.device("cpu")
 
-    def __init__(self, name: str = "toy", frozen_text: bool = False, scale: float = 1.0) -> None:
-        self.name, self.has_frozen_text, self.scale = name, frozen_text, scale
+    def __init__(self, name: str = "toy", has_frozen_text: bool = False, scale: float = 1.0) -> None:
+        self.name, self.has_frozen_text, self.scale = name, has_frozen_text, scale
         self.content_hash, self.text_hash = sha256_text(f"images {name}"), sha256_text(f"texts {name} {scale}")
         self.seen: Counter[str] = Counter()
 
     def pixel_values(self, image: Image.Image, protocol: str = "standard") -> Tensor:
-        assert image.mode == "RGB"
-        return torch.from_numpy(np.asarray(image).mean((0, 1)).astype(np.float32) / 255).view(3, 1, 1)
+        mean_C = np.asarray(image, dtype=np.float32).mean(axis=(0, 1)) / 255
+        return torch.from_numpy(mean_C)[:, None, None]
 
     def image_embeddings(self, pixel_values_B3HW: Tensor) -> Tensor:
         self.seen["images"] += len(pixel_values_B3HW)
-        return pixel_values_B3HW.flatten(1)
+        return pixel_values_B3HW.mean(dim=(2, 3))
 
-    def text_embeddings(self, texts: list[str], batch_size: int = 256) -> np.ndarray:
+    def text_embeddings(self, texts: Sequence[str], batch_size: int = 256) -> np.ndarray:
         self.seen.update(texts)
-        vectors = [[WORDS[word] for word in text.lower().split() if word in WORDS] or [(0.1, 0.1, 0.1)] for text in texts]
-        return np.array([self.scale * np.sum(words, axis=0) for words in vectors], np.float32)
+        return self.scale * np.array([[text.split().count(colour) for colour in COLOURS] for text in texts], np.float32)
 
     def align(self, text_NT: np.ndarray) -> np.ndarray:
         return text_NT
 
 
-def colour_image(path: Path, *colours: str, mode: str = "RGB") -> Path:
-    """A PNG with one column for each colour, from left to right."""
-    pixels = np.array([[[int(255 * value) for value in WORDS[colour]] for colour in colours]], np.uint8)
+def solid(path: Path, colour: str | tuple[int, int, int], mode: str = "RGB") -> Path:
+    """A PNG of one colour."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).resize((len(colours) * 4, 4), Image.Resampling.NEAREST).convert(mode).save(path)
+    rgb = COLOURS[colour] if isinstance(colour, str) else colour
+    Image.new("RGB", (8, 6), rgb).convert(mode).save(path)
     return path

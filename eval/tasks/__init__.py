@@ -55,6 +55,12 @@ class Task(NamedTuple):
 
 TASKS: dict[str, str] = {
     "sugarcrepe": "eval.tasks.hard_negatives:SUGARCREPE",
+    "sugarcrepe_pp": "eval.tasks.hard_negative_files:SUGARCREPE_PP",
+    "aro_relation": "eval.tasks.hard_negative_files:ARO_RELATION",
+    "aro_attribution": "eval.tasks.hard_negative_files:ARO_ATTRIBUTION",
+    "aro_coco_order": "eval.tasks.hard_negative_files:ARO_COCO_ORDER",
+    "aro_flickr_order": "eval.tasks.hard_negative_files:ARO_FLICKR_ORDER",
+    "winoground": "eval.tasks.hard_negative_files:WINOGROUND",
     "coco": "eval.tasks.retrieval:COCO",
     "flickr30k": "eval.tasks.retrieval:FLICKR30K",
     "retrieval": "eval.tasks.retrieval:RETRIEVAL",

@@ -10,7 +10,7 @@ import os
 import platform
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -137,11 +137,15 @@ def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def read_json(path: Path, what: str = "file") -> Any:
-    """Raises UserError when `path` is missing or is not JSON; `what` names its role in the message."""
+def read_json(path: Path, what: str = "file", make_object: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """Raises UserError when `path` is missing or is not JSON; `what` names its role in the message.
+
+    Args:
+        make_object: of the keys and values of each JSON object, also of those that occur twice; a dict when not given.
+    """
     require_file(path, what)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=make_object)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: expected {what} in JSON, but it cannot be read: {error}") from error
 

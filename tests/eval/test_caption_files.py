@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from toy_encoder import colour_image
+from toy_encoder import solid
 
 from eval.caption_files import read_captioned_images
 from eval.settings import RetrievalData
@@ -21,7 +21,7 @@ COLOURS = {"1": "red", "2": "green", "3": "blue"}
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
     for name, colour in COLOURS.items():
-        colour_image(tmp_path / "images" / f"{name}.png", colour)
+        solid(tmp_path / "images" / f"{name}.png", colour)
     return tmp_path / "images"
 
 

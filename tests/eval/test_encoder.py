@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from toy_encoder import ToyEncoder, colour_image
+from toy_encoder import ToyEncoder, solid
 
 from eval.__main__ import main
 from eval.encoder import chosen_tasks, default_out, evaluate
@@ -25,8 +25,8 @@ from lift.common.files import read_json
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """Three SugarCrepe items (right, wrong, tie) and four captioned images, two of which are the same picture."""
-    for name, colours in (("red", ["red"]), ("green", ["green"]), ("blue", ["blue"]), ("again", ["blue"])):
-        colour_image(tmp_path / "images" / f"{name}.png", *colours)
+    for name, colour in (("red", "red"), ("green", "green"), ("blue", "blue"), ("again", "blue")):
+        solid(tmp_path / "images" / f"{name}.png", colour)
     items = {
         "0": {"filename": "red.png", "caption": "a red thing", "negative_caption": "a green thing"},
         "1": {"filename": "green.png", "caption": "a blue thing", "negative_caption": "a green thing"},
@@ -83,8 +83,8 @@ def test_results_and_records_by_hand(data: Path) -> None:
 
 
 def test_official_protocol_sees_first_captions_only_and_ties_are_wrong(data: Path) -> None:
-    colour_image(data / "images" / "red.png", "red", mode="L")  # the official SugarCrepe script fails on grey images
-    model = ToyEncoder(frozen_text=True)
+    solid(data / "images" / "red.png", "red", mode="L")  # the official SugarCrepe script fails on grey images
+    model = ToyEncoder(has_frozen_text=True)
     metrics = measure(data, model, protocol="official")["metrics"]
     assert metrics["sugarcrepe/swap_att"]["value"] == 0.0
     assert {name for name in metrics if "retrieval" in name} == {
@@ -110,7 +110,7 @@ def test_every_distinct_image_and_text_is_encoded_once_and_never_again(data: Pat
 
 def test_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("eval.features.WRITE_EVERY", 4)
-    items = [image_item(colour_image(tmp_path / f"{i}.png", *["red"] * (i + 1), "blue")) for i in range(12)]
+    items = [image_item(solid(tmp_path / f"{i}.png", (20 * i, 0, 99))) for i in range(12)]
 
     class Stops(ToyEncoder):
         def image_embeddings(self, pixel_values_B3HW: torch.Tensor) -> torch.Tensor:
