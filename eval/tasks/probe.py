@@ -116,7 +116,10 @@ def _ranks(blocks: Iterable[np.ndarray], label_M: np.ndarray) -> ClassRanks:
 
 
 def score_linear_probe(data: TaskData, features: Features) -> Scored:
-    """`details` says which strength was taken, what each gave on the held-out part, and which fits did not converge."""
+    """`details` says which strength was taken, what each gave on the held-out part, and which fits did not converge.
+
+    A strength at the edge of those tried is marked: a wider choice may be better.
+    """
     items: Probe = data.items
     train_ND, test_MD = features.images(items.train.images, "train images"), features.images(items.test.images, "test images")
     model, report = fit_linear_probe(train_ND, items.train.label_N, items.settings)
@@ -150,6 +153,7 @@ def fit_linear_probe(
         best = max(held_out, key=lambda tried: (tried["accuracy"], -tried["strength"]))["strength"]
     model, converged = _fit(feature_ND, label_N, best, settings.iterations)
     report = {"strength": best, "converged": converged, "iterations": int(np.max(model.n_iter_)), "held_out": held_out}
+    report["at_edge_of_strengths"] = len(strengths) > 1 and best in (strengths[0], strengths[-1])
     return model, report | {"not_converged": sum(not fit["converged"] for fit in held_out) + (not converged)}
 
 

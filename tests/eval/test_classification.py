@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from colours import ColourEncoder, colour_image, write_images
+from tiny import write_tar
 
 from eval.class_ranking import concatenated, rank_classes
 from eval.encoder import evaluate
@@ -110,25 +111,32 @@ def test_parity_with_numpy_on_random_embeddings(monkeypatch: pytest.MonkeyPatch)
 
 def test_parity_with_open_clip_class_embeddings() -> None:
     open_clip = pytest.importorskip("open_clip")
-    names, templates = ["red", "green fox", "blue", "a thing", "red blue"], read_templates("openai")
+    torch.manual_seed(0)
+    vision = {"image_size": 16, "patch_size": 8, "width": 64, "layers": 1}
+    text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2}
+    model = open_clip.CLIP(24, vision, text).eval()
+    tokenizer = open_clip.SimpleTokenizer()
 
-    class Model:
-        def encode_text(self, texts: list[str], normalize: bool) -> torch.Tensor:
-            assert normalize
-            return torch.nn.functional.normalize(torch.from_numpy(Toy().text_embeddings(list(texts))), dim=-1)
+    class TinyClip(ColourEncoder):
+        def text_embeddings(self, texts: list[str]) -> np.ndarray:
+            with torch.no_grad():
+                return model.encode_text(tokenizer(texts)).numpy()
 
-    class Tokens(list):
-        def to(self, device: str) -> Tokens:
-            return self
-
-    class Toy(ColourEncoder):
-        def _text(self, text: str) -> np.ndarray:
-            return super()._text(text) + np.random.default_rng(list(text.encode())).standard_normal(3).astype(np.float32)
-
-    expected = open_clip.build_zero_shot_classifier(Model(), Tokens, names, [t.replace("{}", "{0}") for t in templates], 2).T
-    found = class_embeddings(Features(Toy()), names, templates)
-    assert np.abs(found - expected.numpy()).max() < 1e-6
+    names, templates = ["tench", "great white shark", "crane"], read_templates("openai")
     assert templates == [template("{}") for template in open_clip.OPENAI_IMAGENET_TEMPLATES]
+    expected = open_clip.build_zero_shot_classifier(model, tokenizer, names, open_clip.OPENAI_IMAGENET_TEMPLATES).T.numpy()
+    found = class_embeddings(Features(TinyClip()), names, templates)
+    assert np.abs(found - expected).max() < 1e-6
+    assert np.abs(found[0] - found[1]).max() > 1e-3
+
+
+def test_tars_and_folders_of_the_same_images_give_the_same_numbers(images: Path, tmp_path: Path) -> None:
+    members: dict[str, bytes] = {}
+    for number, path in enumerate(sorted(images.rglob("*.png"))):
+        members |= {f"{number}.png": path.read_bytes(), f"{number}.cls": path.parent.name.encode()}
+    by_folder, by_tar = values(images), values(write_tar(tmp_path / "val.tar", members))
+    assert by_folder["details"] == by_tar["details"]
+    assert by_folder["table"].drop_columns(["id", "cluster"]) == by_tar["table"].drop_columns(["id", "cluster"])
 
 
 def test_the_official_protocol_forces_its_prompt_and_number_format(images: Path) -> None:

@@ -110,6 +110,7 @@ def test_the_strength_is_the_best_on_the_held_out_part() -> None:
     again = LogisticRegression(C=report["strength"], max_iter=5000).fit(feature_ND, label_N)
     assert np.array_equal(model.coef_, again.coef_)
     assert report["converged"] and report["not_converged"] == 0
+    assert report["at_edge_of_strengths"] == (report["strength"] != 1.0)
 
 
 def test_a_fit_that_stops_early_is_reported() -> None:
