@@ -23,8 +23,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from eval.encoder_data import SUBTASKS
 from eval.output import format_table
+from eval.tasks.hard_negatives import SUBTASKS
 from lift.common.files import read_json
 from lift.common.ledger import DropLedger
 from lift.settings import SourceSettings, TextEncoderSettings

@@ -111,7 +111,8 @@ def pretrain(name: str, recipe: str, settings: RunSettings, *changes: str) -> St
 def measure_encoder(name: str, out: Path) -> Stage:
     negatives, pairs, results = out / "world" / "sugar_crepe", out / "world" / "pairs", out / f"encoder_{name}"
     command = ["eval", "encoder", str(out / name / "encoder"), "--out", str(results)]
-    command += ["--sugar_crepe", str(negatives), "--images", str(negatives / "images"), "--retrieval", str(pairs / "held_out")]
+    command += ["--tasks", "sugarcrepe,retrieval", "--sugarcrepe.path", str(negatives)]
+    command += ["--retrieval.path", str(pairs / "held_out")]
     return Stage(f"measure the {name.upper()} encoder", command, results / "results.json")
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from demo.chain import Stage, measure_encoder, pretrain, run_stages, stages
 from demo.settings import RunSettings, TextEncodersSettings
-from eval.encoder_data import SUBTASKS
 from eval.output import format_table, percent
+from eval.tasks.hard_negatives import SUBTASKS
 from lift.common.files import read_json, write_text
 
 ENCODERS = {"minilm": "MiniLM", "causal_lm": "small causal LM, mean-pooled"}
@@ -68,6 +68,6 @@ def stages_of(rows: list[Row], settings: RunSettings) -> list[Stage]:
 def results_table(labels: list[str], results: list[dict[str, Any]]) -> str:
     """Accuracy on hard negatives by kind and image-to-text R@1, in percent."""
     header = ["text side", *(name.replace("_", " ") for name in SUBTASKS), "image to text R@1"]
-    metrics = [*(f"sugar_crepe/{name}" for name in SUBTASKS), "retrieval/image_to_text_r1"]
+    metrics = [*(f"sugarcrepe/{name}" for name in SUBTASKS), "retrieval/image_to_text_r1"]
     rows = [[label, *(percent(found[name]["value"]) for name in metrics)] for label, found in zip(labels, results, strict=True)]
     return format_table(header, rows)

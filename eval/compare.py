@@ -5,7 +5,6 @@ The unit is the circular group. Tests are adjusted (Holm) within the L2 categori
 
 from __future__ import annotations
 
-import csv
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from eval.mmbench import circular_hits, score_records
-from eval.output import format_table, percent
+from eval.output import format_table, percent, write_csv
 from eval.paired import holm, paired_result
 from eval.settings import CompareSettings, given
 from lift.common.errors import UserError
@@ -27,7 +26,21 @@ _SAME = ("question", "options", "answer", "image_sha256", "category", "l2_catego
 
 
 def compare(settings: CompareSettings) -> None:
-    """Command `lift-eval compare`: writes `comparison.json`, `comparison.csv`, `flips.jsonl`; prints the table."""
+    """Command `lift-eval compare`: writes `comparison.json`, `comparison.csv`, `flips.jsonl`; prints the table.
+
+    Two folders of `lift-eval encoder` are compared by `eval.compare_encoders`.
+    """
+    are_encoders = [(run / "results.json").is_file() for run in (settings.run_a, settings.run_b)]
+    if all(are_encoders):
+        from eval.compare_encoders import compare_encoders
+
+        compare_encoders(settings)
+        return
+    if any(are_encoders):
+        raise UserError(
+            f"{settings.run_a} and {settings.run_b}: expected two folders of lift-eval encoder or two of lift-eval lmm, "
+            "found one of each."
+        )
     out = given(settings.out, "out")
     check_output_folder(out, "comparison.json")
     records_a, records_b = _read_records(settings.run_a), _read_records(settings.run_b)
@@ -43,7 +56,7 @@ def compare(settings: CompareSettings) -> None:
     }
     with atomic_folder(out) as work:
         write_json(work / "comparison.json", comparison)
-        _write_csv(work / "comparison.csv", rows)
+        write_csv(work / "comparison.csv", rows)
         write_jsonl(work / "flips.jsonl", find_flips(records_a, records_b))
     print(comparison_table(comparison))
 
@@ -174,11 +187,3 @@ def _run_summary(run: Path) -> dict[str, Any]:
     return {"folder": str(run.resolve())} | {
         key: value for key, value in values.items() if key not in ("scores", "lmms_eval_static")
     }
-
-
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        plain = [row | {"interval": "" if row["interval"] is None else "{} {}".format(*row["interval"])} for row in rows]
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(plain)

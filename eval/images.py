@@ -63,3 +63,45 @@ def image_from(name: str, read: Callable[[], bytes], box: Box | None = None) -> 
     """An image whose bytes `read` gives, again at each call."""
     content = sha256_bytes(read())
     return ImageItem(name, read, content if box is None else sha256_text(f"{content} {list(box)}"), box)
+
+
+class ImageFolder:
+    """Images of a benchmark below one folder; each file is read and hashed once.
+
+    Args:
+        setting: what the folder was given as, for messages.
+    """
+
+    def __init__(self, folder: Path, allow_missing: bool, setting: str) -> None:
+        self.folder, self.allow_missing, self.setting = folder, allow_missing, setting
+        self.missing: list[str] = []
+        self._known: dict[tuple[str, Box | None], ImageItem | None] = {}
+
+    def find(self, name: str, item: str, box: Box | None = None) -> ImageItem | None:
+        """The image `name` of `item`; None, and counted, when it is not there and that is allowed.
+
+        Raises:
+            UserError: it is not there, cannot be read, or its name leads out of the folder.
+        """
+        if (name, box) not in self._known:
+            self._known[name, box] = self._open(name, item, box)
+        image = self._known[name, box]
+        if image is None:
+            self.missing.append(item)
+        return image
+
+    def _open(self, name: str, item: str, box: Box | None) -> ImageItem | None:
+        path = self.folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{item}: expected the name of an image below {self.folder}, found '{name}'.")
+        try:
+            return image_item(path, box)
+        except FileNotFoundError as error:
+            if self.allow_missing:
+                return None
+            raise UserError(
+                f"{path}: expected the image of {item}, but there is none. Check --{self.setting}, or give --allow_missing "
+                "to score the items whose image is there."
+            ) from error
+        except OSError as error:
+            raise UserError(f"{path}: expected the image of {item}, but it cannot be read: {error}") from error

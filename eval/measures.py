@@ -1,7 +1,7 @@
 """The one place where items become numbers: records of a task come in, measures with their uncertainty go out.
 
-A record is one item of a benchmark with the score of every candidate. A measure is a mean over the records of some subtasks (or
-a median rank), so that `lift-eval encoder` computes it for one encoder and `lift-eval compare` for two from the same definition.
+A record is one item of a benchmark with the score of every candidate. A measure is a mean over the records of some subtasks,
+or a median rank: `lift-eval encoder` computes it for one encoder and `lift-eval compare` for two, from the same definition.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ RECORDS = pa.schema(
     ]
 )
 """Columns of `records.parquet`. `id` is unique within task and subtask; items of one `cluster` (the same image) are not
-independent. `correct` is 1, 0, or 0.5 for a tie that counts as half. `rank` counts from 0 and is null where nothing is ranked."""
+independent. `correct` is 1, 0, or 0.5 for a tie that counts as half. `rank` counts from 0, or is null."""
 
 Statistic = Literal["accuracy", "recall", "median_rank"]
 

@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from eval.encoder_data import decode
+from eval.images import image_from
 from eval.mmbench_data import read_questions
 from eval.output import percent
 from eval.settings import ReportSettings
@@ -132,7 +132,8 @@ def compare_encoders(folder_a: Path | None, folder_b: Path | None) -> dict[str, 
         raise UserError(
             f"{folder_a} and {folder_b}: expected results on the same data, found different data hashes. Measure both again."
         )
-    rows = [{"name": name, "a": a["metrics"][name], "b": b["metrics"][name]} for name in a["metrics"]]
+    shares = [name for name, metric in a["metrics"].items() if metric["statistic"] != "median_rank"]
+    rows = [{"name": name, "a": a["metrics"][name], "b": b["metrics"][name]} for name in shares]
     rows = [row | {"difference": row["a"]["value"] - row["b"]["value"]} for row in rows]
     return {"a": a, "b": b, "rows": rows}
 
@@ -167,7 +168,7 @@ def _images(run: dict[str, Any]) -> dict[int, bytes]:
 
 
 def _thumbnail(content: bytes, index: int) -> str:
-    image = decode(content, f"the image of index {index}")
+    image = image_from(f"the image of index {index}", lambda: content).load()
     image.thumbnail((THUMBNAIL, THUMBNAIL))
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=85)

@@ -102,7 +102,7 @@ class EncoderSettings:
     out: Path | None = None
     """Folder for the results; runs/eval/ENCODER when not given."""
     protocol: Literal["standard", "official"] = "standard"
-    """`official` repeats the published LIFT evaluation scripts, with what is questionable in them (docs/encoder_benchmarks.md)."""
+    """`official` repeats the published LIFT evaluation scripts, also what is questionable in them."""
     allow_missing: bool = False
     """Score the items whose image is there, and record which are not, instead of stopping at the first missing image."""
     batch_size: int = 64
@@ -210,10 +210,10 @@ class ScoreSettings:
 
 @dataclass
 class CompareSettings:
-    """Compares two runs on the same questions, per subtask, with paired statistics."""
+    """Compares two encoders or two LMMs on the same items, per subtask, with paired statistics."""
 
     run_a: Path
-    """Run folder written by `lift-eval lmm`; differences are A - B."""
+    """Folder written by `lift-eval encoder` or by `lift-eval lmm`; differences are A - B."""
     run_b: Path
     """Run folder of the baseline."""
     out: Path | None = None

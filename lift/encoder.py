@@ -5,6 +5,7 @@ Folders written by `lift export` and `lift import` are alike here; one that was 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import fields
 from functools import cached_property
@@ -22,7 +23,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPTextModelWithProjection, CLIPVisionModel
 
 from lift.common.errors import UserError
-from lift.common.files import read_json, require_folder, sha256_folder
+from lift.common.files import read_json, require_folder, sha256_folder, sha256_text
 from lift.model import class_token_feature, lift_head, mean_patch_feature
 from lift.official import EVALUATION_CROP, official_evaluation_pixels
 from lift.settings import TextEncoderSettings
@@ -62,9 +63,36 @@ class Encoder:
     def embedding_dim(self) -> int:
         return int(self.config["embedding_dim"])
 
+    @property
+    def name(self) -> str:
+        """The folder's own; of the folder `encoder` that a run leaves, the run's."""
+        folder = self.folder.resolve()
+        return folder.parent.name if folder.name == "encoder" and (folder.parent / "config.yaml").is_file() else folder.name
+
+    @property
+    def has_frozen_text(self) -> bool:
+        """Whether texts come from a frozen language model (LIFT) and not from a tower trained with the images (CLIP)."""
+        return not self.is_clip
+
     @cached_property
     def content_hash(self) -> str:
         return encoder_hash(self.folder)
+
+    @cached_property
+    def text_hash(self) -> str:
+        """Hash of everything that `text_embeddings` depend on: the frozen text encoder, wherever it lies, or CLIP's text tower.
+
+        A LIFT encoder whose folder states its text encoder's revision needs no text encoder on this machine for it.
+
+        Raises:
+            UserError: as `text_embeddings`, for an encoder that was imported without its text side.
+        """
+        if self.is_clip:
+            return sha256_folder(self._text_tower_folder)
+        described = self.config["text"]
+        if described["revision"] is None:
+            described = describe_text_encoder(self._text_settings)
+        return sha256_text(json.dumps({name: value for name, value in described.items() if name != "path"}, sort_keys=True))
 
     def pixel_values(self, image: Image.Image, protocol: Literal["standard", "official"] = "standard") -> Tensor:
         """float32 [3, H, W] of an image of any mode.
@@ -100,26 +128,56 @@ class Encoder:
             out[start : start + len(features_BD)] = features_BD.cpu().numpy()
         return out
 
-    @torch.inference_mode()
     def encode_texts(self, texts: Sequence[str], batch_size: int = 256) -> np.ndarray:
         """float32 [N, D], L2-normalised, in the order given.
 
+        Raises:
+            UserError: as `text_embeddings`.
+        """
+        aligned_ND = self.align(self.text_embeddings(texts, batch_size))
+        return F.normalize(torch.from_numpy(aligned_ND), dim=-1).numpy()
+
+    @torch.inference_mode()
+    def text_embeddings(self, texts: Sequence[str], batch_size: int = 256) -> np.ndarray:
+        """float32 [N, T] as the text encoder gives them, before `align`; in the order given, not normalised.
+
+        Args:
+            batch_size: texts in one forward pass of CLIP's text tower; a frozen text encoder cuts its own batches, by tokens.
         Raises:
             UserError: the text encoder that a LIFT encoder was aligned to is not where it was, has changed, or was not given
                 when the encoder was imported.
         """
         if not self.is_clip:
-            return self.text_transform(torch.from_numpy(self._text_encoder.encode(list(texts)))).numpy()
+            return self._text_encoder.encode(list(texts))
         tower, side = self._text_tower
         batches = []
         for start in range(0, len(texts), batch_size):
             batch = side.tokenise(list(texts[start : start + batch_size]))
             tokens = {name: tensor.to(self.device) for name, tensor in batch.items()}
-            batches.append(F.normalize(tower(**tokens).text_embeds, dim=-1).cpu().numpy())
+            batches.append(tower(**tokens).text_embeds.cpu().numpy())
         return np.concatenate(batches) if batches else np.empty((0, self.embedding_dim), np.float32)
 
-    @cached_property
-    def _text_encoder(self) -> Any:
+    @torch.inference_mode()
+    def align(self, text_NT: np.ndarray) -> np.ndarray:
+        """float32 [N, D] in the space of the images from what `text_embeddings` gives: the text transform for LIFT.
+
+        Not normalised.
+
+        Raises:
+            UserError: `text_NT` has another width than the encoder was aligned to.
+        """
+        expected = self.embedding_dim if self.is_clip else self.text_transform.dimension
+        if text_NT.ndim != 2 or text_NT.shape[1] != expected:
+            raise UserError(
+                f"{self.folder}: expected text embeddings of {expected} dimensions, found an array of shape "
+                f"{list(text_NT.shape)}. Embed the texts with the text encoder that it was aligned to."
+            )
+        if self.is_clip:
+            return text_NT
+        return self.text_transform.unnormalised(torch.from_numpy(text_NT)).numpy()
+
+    @property
+    def _text_settings(self) -> TextEncoderSettings:
         text = self.config["text"]
         if text["path"] is None and text["revision"] is None:
             raise UserError(
@@ -128,7 +186,11 @@ class Encoder:
                 "aligned to NV-Embed-v2 with max_length 77 (short captions) or 323 (long ones)."
             )
         known = {field.name for field in fields(TextEncoderSettings)}
-        settings = TextEncoderSettings(**{name: value for name, value in text.items() if name in known})
+        return TextEncoderSettings(**{name: value for name, value in text.items() if name in known})
+
+    @cached_property
+    def _text_encoder(self) -> Any:
+        text, settings = self.config["text"], self._text_settings
         found = describe_text_encoder(settings)["revision"]
         if text["revision"] is not None and found != text["revision"]:
             raise UserError(
@@ -144,14 +206,19 @@ class Encoder:
             )
         return encoder
 
-    @cached_property
-    def _text_tower(self) -> tuple[CLIPTextModelWithProjection, TrainedTextSide]:
+    @property
+    def _text_tower_folder(self) -> Path:
         folder = self.folder / "text_tower"
         if not (folder / "tokenizer.json").is_file():
             raise UserError(
                 f"{self.folder}: was imported without a tokenizer, so that it embeds images only. Import it again with "
                 "--tokenizer FOLDER, CLIP's own (tokenizer.json)."
             )
+        return folder
+
+    @cached_property
+    def _text_tower(self) -> tuple[CLIPTextModelWithProjection, TrainedTextSide]:
+        folder = self._text_tower_folder
         tower = load_checked(CLIPTextModelWithProjection, folder).eval().to(self.device)
         tokenizer = AutoTokenizer.from_pretrained(folder)
         return tower, TrainedTextSide(tokenizer, tower.config.max_position_embeddings)

@@ -151,9 +151,12 @@ def _results(results: dict[str, Any] | None) -> str:
         return "Not measured."
     rows = []
     for name, metric in results["metrics"].items():
-        low, high = metric["interval"]
-        rows.append((name, metric["n"], f"{100 * metric['value']:.1f}", f"{100 * low:.1f} to {100 * high:.1f}"))
-    return "Measured by `lift-eval encoder`, in percent.\n\n" + _table(("Metric", "Items", "Value", "95 % interval"), rows)
+        scale, digits = (1, "g") if metric["statistic"] == "median_rank" else (100, ".1f")
+        value, low, high = (format(scale * number, digits) for number in (metric["value"], *metric["interval"]))
+        rows.append((name, metric["n"], value, f"{low} to {high}"))
+    return "Measured by `lift-eval encoder`, in percent, ranks counted from 1.\n\n" + _table(
+        ("Metric", "Items", "Value", "95 % interval"), rows
+    )
 
 
 def _licences(config: dict[str, Any], licence: str | None) -> str:

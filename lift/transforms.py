@@ -75,12 +75,16 @@ class TextTransform(nn.Module):
         self.matrix_DK.copy_(vectors_DK)
 
     def forward(self, embeddings_ND: Tensor) -> Tensor:
-        x_NK = F.normalize(embeddings_ND.float(), dim=-1)
-        if self.kind != "none":
-            x_NK = x_NK - self.mean_D
-        if self.kind in ("pca", "whiten"):
-            x_NK = x_NK @ self.matrix_DK
-        return F.normalize(x_NK, dim=-1)
+        return F.normalize(self._mapped(F.normalize(embeddings_ND.float(), dim=-1)), dim=-1)
+
+    def unnormalised(self, embeddings_ND: Tensor) -> Tensor:
+        """Before the last normalisation; with kind "none" as they are, which the official SugarCrepe script compares."""
+        embeddings_ND = embeddings_ND.float()
+        return embeddings_ND if self.kind == "none" else self._mapped(F.normalize(embeddings_ND, dim=-1))
+
+    def _mapped(self, x_ND: Tensor) -> Tensor:
+        x_NK = x_ND if self.kind == "none" else x_ND - self.mean_D
+        return x_NK @ self.matrix_DK if self.kind in ("pca", "whiten") else x_NK
 
 
 def _moments(embeddings_ND: np.ndarray) -> tuple[Tensor, Tensor]:

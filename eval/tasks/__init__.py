@@ -1,6 +1,6 @@
-"""Benchmarks of an encoder. A task reads its data from paths, says which images and texts it needs, and scores their features.
+"""Benchmarks of an encoder. A task reads its data from paths, names the images and texts it needs, and scores their features.
 
-Readers know file formats and no metric; scoring knows no file. Adding a benchmark is one function of each and a line in `TASKS`.
+Readers know file formats and no metric; scoring knows no file. A new benchmark is one function of each and a line in `TASKS`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from eval.features import Features
-from eval.images import Box, ImageItem, image_item
+from eval.images import ImageFolder, ImageItem
 from eval.measures import Measure, Record
 from eval.settings import HardNegativeData, given
 from eval.tasks import Scored, Task, TaskData
@@ -36,48 +36,6 @@ class Choice:
     id: str
     image: ImageItem
     captions: tuple[str, ...]
-
-
-class ImageFolder:
-    """Images of a benchmark below one folder; each file is read and hashed once.
-
-    Args:
-        setting: what the folder was given as, for messages.
-    """
-
-    def __init__(self, folder: Path, allow_missing: bool, setting: str) -> None:
-        self.folder, self.allow_missing, self.setting = folder, allow_missing, setting
-        self.missing: list[str] = []
-        self._known: dict[tuple[str, Box | None], ImageItem | None] = {}
-
-    def find(self, name: str, item: str, box: Box | None = None) -> ImageItem | None:
-        """The image `name` of `item`; None, and counted, when it is not there and that is allowed.
-
-        Raises:
-            UserError: it is not there, cannot be read, or its name leads out of the folder.
-        """
-        if (name, box) not in self._known:
-            self._known[name, box] = self._open(name, item, box)
-        image = self._known[name, box]
-        if image is None:
-            self.missing.append(item)
-        return image
-
-    def _open(self, name: str, item: str, box: Box | None) -> ImageItem | None:
-        path = self.folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(f"{item}: expected the name of an image below {self.folder}, found '{name}'.")
-        try:
-            return image_item(path, box)
-        except FileNotFoundError as error:
-            if self.allow_missing:
-                return None
-            raise UserError(
-                f"{path}: expected the image of {item}, but there is none. Check --{self.setting}, or give --allow_missing "
-                "to score the items whose image is there."
-            ) from error
-        except OSError as error:
-            raise UserError(f"{path}: expected the image of {item}, but it cannot be read: {error}") from error
 
 
 def read_sugarcrepe(settings: HardNegativeData, allow_missing: bool) -> TaskData:

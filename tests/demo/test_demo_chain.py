@@ -12,7 +12,7 @@ import pytest
 from demo.chain import Stage, run, stages
 from demo.settings import SIZES, RunSettings
 from demo.text_encoders import results_table, stages_of, text_sides
-from eval.encoder_data import SUBTASKS
+from eval.tasks.hard_negatives import SUBTASKS
 from lift.common.cli import Command
 from lift.common.errors import UserError
 from lift.common.settings import parse_settings
@@ -78,6 +78,6 @@ def test_text_sides_add_one_training_and_one_measurement_each(tmp_path: Path) ->
 
 
 def test_table_shows_percent_by_kind() -> None:
-    found = {f"sugar_crepe/{kind}": {"value": 0.5} for kind in SUBTASKS} | {"retrieval/image_to_text_r1": {"value": 0.25}}
+    found = {f"sugarcrepe/{kind}": {"value": 0.5} for kind in SUBTASKS} | {"retrieval/image_to_text_r1": {"value": 0.25}}
     table = results_table(["CLIP"], [found])
     assert table.splitlines()[-1].split() == ["CLIP", *["50.00"] * 7, "25.00"]

@@ -10,8 +10,10 @@ import pytest
 from demo import settings
 from demo.settings import Size, WorldSettings
 from demo.world import write_world
-from eval.encoder_data import read_hard_negatives, read_pairs
 from eval.mmbench_data import read_questions
+from eval.settings import HardNegativeData, RetrievalData
+from eval.tasks.hard_negatives import read_sugarcrepe
+from eval.tasks.retrieval import read_retrieval
 from lift.common.files import sha256_folder
 from lift.common.ledger import DropLedger
 from lift.settings import SourceSettings
@@ -52,8 +54,9 @@ def test_every_room_reads_its_part(tiny_size: None, tmp_path: Path) -> None:
     samples = [sample for shard in shards for sample in shard.samples]
     assert len(samples) == SIZE.train_pairs and len(ledger) == 0
     assert all(len(sample.captions) == 1 for sample in samples)
-    assert len(read_pairs(world / "pairs" / "held_out")[0]) == SIZE.held_out_pairs
-    negatives = read_hard_negatives(world / "sugar_crepe", world / "sugar_crepe" / "images", allow_missing=False)
+    held_out = read_retrieval("retrieval", RetrievalData(path=world / "pairs" / "held_out"), False)
+    assert len(held_out.items.rows) == SIZE.held_out_pairs
+    negatives = read_sugarcrepe(HardNegativeData(path=world / "sugar_crepe"), allow_missing=False)
     assert len(negatives.items) == 7 * SIZE.hard_negatives and not negatives.missing
     for file, count in (("captions", SIZE.captioned_images), ("conversations", SIZE.conversations)):
         rows = json.loads((world / "llava" / f"{file}.json").read_text())

@@ -124,11 +124,11 @@ def test_report_is_self_contained_and_escaped(comparison: Path) -> None:
     stages = comparison.parent / "stages.json"
     stages.write_text(json.dumps([{"stage": HOSTILE, "seconds": 12.5, "peak_gb": 1.5, "reused": True}]))
     for name, value in (("ea", 0.5), ("eb", 0.75)):
-        metric = {"value": value, "n": 4, "ties": 0, "interval": [0.1, 0.9]}
+        metric = {"value": value, "n": 4, "ties": 0, "interval": [0.1, 0.9], "statistic": "accuracy"}
         (comparison.parent / name).mkdir()
         write_json(
             comparison.parent / name / "results.json",
-            {"encoder": name, "encoder_hash": "0", "data_hash": {"s": "1"}, "metrics": {"sugar_crepe/swap_att": metric}},
+            {"encoder": name, "encoder_hash": "0", "data_hash": {"s": "1"}, "metrics": {"sugarcrepe/swap_att": metric}},
         )
     encoders = ["--encoder_a", str(comparison.parent / "ea"), "--encoder_b", str(comparison.parent / "eb")]
     assert main(["report", str(comparison), "--out", str(out), "--stages", str(stages), *encoders]) == 0

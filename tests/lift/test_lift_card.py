@@ -59,8 +59,8 @@ def header(card: str) -> dict[str, Any]:
 
 
 def results_of(folder: Path, path: Path, **changes: Any) -> Path:
-    metric = {"n": 40, "value": 0.625, "interval": [0.5, 0.75], "ties": 0}
-    path.write_text(json.dumps({"encoder_hash": encoder_hash(folder), "metrics": {"sugar_crepe/swap_obj": metric}} | changes))
+    metric = {"n": 40, "value": 0.625, "interval": [0.5, 0.75], "ties": 0, "statistic": "accuracy"}
+    path.write_text(json.dumps({"encoder_hash": encoder_hash(folder), "metrics": {"sugarcrepe/swap_obj": metric}} | changes))
     return path
 
 
@@ -73,7 +73,7 @@ def test_push_writes_the_card_and_uploads_the_folder(encoder: Path, tmp_path: Pa
     assert (uploaded["repo_id"], uploaded["folder_path"]) == ("someone/encoder", encoder)
     card = uploaded["card"]
     assert header(card)["license"] == "cc-by-nc-4.0" and header(card)["library_name"] == "transformers"
-    assert r"| sugar\_crepe/swap\_obj | 40 | 62.5 | 50.0 to 75.0 |" in card
+    assert r"| sugarcrepe/swap\_obj | 40 | 62.5 | 50.0 to 75.0 |" in card
     assert r"Text encoder (nvidia/NV\-Embed\-v2): cc\-by\-nc\-4.0" in card
     assert "hub/someone/encoder" in capsys.readouterr().out
 
