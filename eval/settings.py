@@ -60,6 +60,8 @@ class ClassificationData:
     templates: str = "openai"
     """`openai` (80 templates), `official` (the single prompt of the LIFT scripts), or a text file with one template a line in
     which `{}` is the class."""
+    same_names: bool = False
+    """Score classes that have one name, as some have in ImageNet's published lists; they tie, and a tie is wrong."""
 
 
 @dataclass
@@ -76,9 +78,16 @@ class ProbeData:
     """Neighbours that vote (k-NN)."""
     strengths: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
     """Inverse regularisation strengths among which the linear probe chooses on a part of its training images."""
+    iterations: int = 5000
+    """Most iterations of the linear probe's optimiser; a fit that stops there is reported."""
+    seed: int = 0
+    """Of the part of the training images on which the strength is chosen."""
 
     def __post_init__(self) -> None:
-        _at_least(self.neighbours, 1, "neighbours")
+        _at_least(self.neighbours, 1, "probe.neighbours")
+        _at_least(self.iterations, 1, "probe.iterations")
+        if not self.strengths or not all(0 < strength < float("inf") for strength in self.strengths):
+            raise ValueError(f"--probe.strengths: expected positive numbers, found {list(self.strengths)}.")
 
 
 @dataclass

@@ -64,6 +64,10 @@ TASKS: dict[str, str] = {
     "coco": "eval.tasks.retrieval:COCO",
     "flickr30k": "eval.tasks.retrieval:FLICKR30K",
     "retrieval": "eval.tasks.retrieval:RETRIEVAL",
+    "imagenet": "eval.tasks.classification:IMAGENET",
+    "classification": "eval.tasks.classification:CLASSIFICATION",
+    "linear_probe": "eval.tasks.probe:LINEAR_PROBE",
+    "knn": "eval.tasks.probe:KNN",
 }
 """Names for `--tasks`, and where each is defined."""
 

@@ -12,6 +12,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from lift.common.errors import UserError
+from lift.common.ledger import DropLedger
 from lift.settings import SourceSettings
 from lift.sources import storage
 from lift.sources.index import IndexWriter, Origin
@@ -30,7 +31,7 @@ def fingerprint(source: SourceSettings, origin: Origin) -> str:
 
 
 def scan(source: SourceSettings, origin: Origin, index: IndexWriter) -> None:
-    for stem, parts in _members(origin.path, index).items():
+    for stem, parts in read_members(origin.path, index.ledger).items():
         key = f"{source.name}/{stem}"
         captions = _captions(source, key, parts, index)
         if captions is not None:
@@ -38,8 +39,11 @@ def scan(source: SourceSettings, origin: Origin, index: IndexWriter) -> None:
             index.add(key, captions, origin.path if image else None, *(image or ()))
 
 
-def _members(tar: str, index: IndexWriter) -> dict[str, dict[str, Any]]:
-    """stem -> suffix -> (offset, size) of an image, content of a text; in the order of an uncompressed tar."""
+def read_members(tar: str, ledger: DropLedger, texts: frozenset[str] = TEXT_SUFFIXES) -> dict[str, dict[str, Any]]:
+    """stem -> suffix -> content (bytes) of a member whose suffix is in `texts`, else (offset, size); in the tar's order.
+
+    Members whose name leads out of the tar go to `ledger`. Raises UserError for what is not a whole, uncompressed tar.
+    """
     members: dict[str, dict[str, Any]] = {}
     end = 0
     try:
@@ -50,14 +54,14 @@ def _members(tar: str, index: IndexWriter) -> dict[str, dict[str, Any]]:
                     continue
                 name = PurePosixPath(member.name)
                 if name.is_absolute() or ".." in name.parts:
-                    index.ledger.drop(f"{PurePosixPath(tar).name}:{member.name}", "unsafe member name")
+                    ledger.drop(f"{PurePosixPath(tar).name}:{member.name}", "unsafe member name")
                     continue
                 stem, _, suffix = name.name.partition(".")
                 parts = members.setdefault(str(name.parent / stem), {})
                 if suffix.lower() in parts:
                     raise tarfile.ReadError(f"member {member.name} occurs twice")
                 parts[suffix.lower()] = (member.offset_data, member.size)
-                if suffix.lower() in TEXT_SUFFIXES:
+                if suffix.lower() in texts:
                     file.seek(member.offset_data)
                     parts[suffix.lower()] = file.read(member.size)
             # tarfile takes a file that was cut off for one that ends there; only the mark of the end tells them apart
