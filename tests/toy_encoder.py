@@ -36,7 +36,8 @@ class ToyEncoder:
 
     def text_embeddings(self, texts: Sequence[str], batch_size: int = 256) -> np.ndarray:
         self.seen.update(texts)
-        return self.scale * np.array([[text.split().count(colour) for colour in COLOURS] for text in texts], np.float32)
+        words = [text.replace(".", "").split() for text in texts]
+        return self.scale * np.array([[found.count(colour) for colour in COLOURS] for found in words], np.float32)
 
     def align(self, text_NT: np.ndarray) -> np.ndarray:
         return text_NT
