@@ -76,7 +76,7 @@ class ProbeData:
     """Names of the classes, as for classification."""
     neighbours: int = 20
     """Neighbours that vote (k-NN)."""
-    strengths: tuple[float, ...] = (0.01, 0.1, 1.0, 10.0, 100.0)
+    strengths: tuple[float, ...] = (0.1, 1.0, 10.0, 100.0, 1_000.0, 10_000.0)
     """Inverse regularisation strengths among which the linear probe chooses on a part of its training images."""
     iterations: int = 5000
     """Most iterations of the linear probe's optimiser; a fit that stops there is reported."""
