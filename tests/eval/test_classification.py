@@ -145,7 +145,9 @@ def test_tars_and_folders_of_the_same_images_give_the_same_numbers(images: Path,
 def test_the_official_protocol_forces_its_prompt_and_number_format(images: Path) -> None:
     frozen = ColourEncoder(has_frozen_text=True)
     found = values(images, frozen, "official", templates="openai")
-    assert sorted(text for text in frozen.seen if text != "images") == [f"It is a photo of a {name}" for name in ("blue", "green", "red")]
+    assert sorted(text for text in frozen.seen if text != "images") == [
+        f"It is a photo of a {name}" for name in ("blue", "green", "red")
+    ]
     assert found["details"]["templates"] == ["It is a photo of a {}"]
     assert official_class_embeddings(Features(frozen, "official"), ["red"]).dtype == torch.float16
     assert official_class_embeddings(Features(ColourEncoder(), "official"), ["red"]).dtype == torch.float32
