@@ -66,7 +66,8 @@ def compare_task(
     """One row a measure. `p_holm` is adjusted within the task, over the measures that have a p-value.
 
     McNemar's exact test is on items that one encoder has right and the other not; a tie that counts as half is on the side of
-    the encoder that is ahead. It is None for a median rank, and treats items as independent; the interval draws clusters.
+    the encoder that is ahead. It is None for what it does not test, a mean of subtasks and a median rank, and it treats items
+    as independent; the interval draws clusters.
 
     Raises:
         UserError: the two tables hold other items.
@@ -80,6 +81,8 @@ def compare_task(
         found_b = _in_order_of(found_a, found_b, name)
         row: dict[str, Any] = {"metric": name, "statistic": measure.statistic, "n": len(found_a.ids)}
         row |= paired_difference(found_a, found_b, measure.statistic == "median_rank", resamples, seed)
+        if measure.macro:
+            row["p_value"] = None
         rows.append(row | {"p_holm": None})
     tested = [row for row in rows if row["p_value"] is not None]
     for row, adjusted in zip(tested, holm([row["p_value"] for row in tested]), strict=True):
