@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,17 @@ import plotly.graph_objects as go
 import torch
 from tqdm import tqdm
 
-from eval.cost_count import DEFINITION, ClipRecipe, Count, LiftRecipe, count_clip, count_lift, read_clip, read_lift
+from eval.cost_count import (
+    DEFINITION,
+    NV_EMBED_DIMENSION,
+    ClipRecipe,
+    Count,
+    LiftRecipe,
+    count_clip,
+    count_lift,
+    read_clip,
+    read_lift,
+)
 from eval.cost_memory import DEFINITION as MEMORY_DEFINITION
 from eval.cost_memory import peak_memory
 from eval.output import format_table
@@ -24,6 +34,7 @@ from eval.page import BLUE, GREY, ORANGE, figure_fragment, render
 from eval.settings import CostSettings
 from lift.common.files import check_output_folder, write_json, write_text
 from lift.common.settings import to_plain
+from lift.settings import ClipTextSettings, VisionSettings
 
 PAPER_FLOPS_SAVED = {77: 0.255, 128: 0.357}
 PAPER_MEMORY_SAVED = {77: 0.068, 128: 0.126}
@@ -43,7 +54,7 @@ def cost(settings: CostSettings) -> None:
     """Command `lift-eval cost`."""
     check_output_folder(settings.out, "cost.json")
     lift, clip = read_lift(settings.lift, settings.embedding_dim), read_clip(settings.clip)
-    is_paper = settings.lift is None and settings.clip is None and settings.embedding_dim is None
+    is_paper = are_papers(lift, clip)
     lift_count = count_lift(lift)
     rows = []
     for tokens in tqdm(sorted({*PLOTTED, *settings.lengths}), desc="caption lengths", leave=False):
@@ -65,6 +76,13 @@ def cost(settings: CostSettings) -> None:
         print(f"{table.title}\n{format_table(table.header, table.rows)}" if table.rows else table.title)
         print(f"{table.note}\n")
     print(f"{settings.out}: cost.json, cost.csv (n = {rows[0]['tokens']} to {rows[-1]['tokens']}), cost.html")
+
+
+def are_papers(lift: LiftRecipe, clip: ClipRecipe) -> bool:
+    """Whether the paper's figures are about these models; how they are trained does not matter."""
+    of_lift = (lift.vision, lift.embedding_dim, lift.transform.dimensions)
+    text = replace(clip.text, tokenizer=None, context_length=ClipTextSettings.context_length)
+    return of_lift == (VisionSettings(), NV_EMBED_DIMENSION, None) and (clip.vision, text) == (VisionSettings(), ClipTextSettings())
 
 
 def cost_row(tokens: int, lift: Count, clip: Count, is_paper: bool) -> dict[str, Any]:
