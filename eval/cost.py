@@ -1,7 +1,7 @@
 """`lift-eval cost`: recipes come in, FLOPs, parameters and peak memory of a training sample by caption length go out.
 
-Written are cost.json, cost.csv (a row for each caption length) and cost.html (one self-contained page). Our figures stand beside
-the paper's (arXiv 2506.04209) with the difference, whichever way it points.
+Written are cost.json, cost.csv (a row for each caption length) and cost.html (one self-contained page). Our figures stand
+beside the paper's (arXiv 2506.04209) with the difference, whichever way it points.
 """
 
 from __future__ import annotations
@@ -82,7 +82,10 @@ def are_papers(lift: LiftRecipe, clip: ClipRecipe) -> bool:
     """Whether the paper's figures are about these models; how they are trained does not matter."""
     of_lift = (lift.vision, lift.embedding_dim, lift.transform.dimensions)
     text = replace(clip.text, tokenizer=None, context_length=ClipTextSettings.context_length)
-    return of_lift == (VisionSettings(), NV_EMBED_DIMENSION, None) and (clip.vision, text) == (VisionSettings(), ClipTextSettings())
+    return of_lift == (VisionSettings(), NV_EMBED_DIMENSION, None) and (clip.vision, text) == (
+        VisionSettings(),
+        ClipTextSettings(),
+    )
 
 
 def cost_row(tokens: int, lift: Count, clip: Count, is_paper: bool) -> dict[str, Any]:
@@ -142,10 +145,8 @@ def flops_table(rows: list[dict[str, Any]]) -> Table:
 
 def parameters_table(rows: list[dict[str, Any]]) -> Table:
     header = ["caption tokens", "LIFT million", "CLIP million"]
-    cells = [
-        [str(row["tokens"]), f"{row['lift_parameters'] / 1e6:.2f}", f"{row['clip_parameters'] / 1e6:.2f}"] for row in rows
-    ]
-    note = "Trained parameters: CLIP's text tower has a position embedding for each caption token. LIFT's frozen text encoder is not counted."
+    cells = [[str(row["tokens"]), f"{row['lift_parameters'] / 1e6:.2f}", f"{row['clip_parameters'] / 1e6:.2f}"] for row in rows]
+    note = "CLIP's text tower has a position embedding for each caption token. LIFT's frozen text encoder is not counted."
     return Table("Trained parameters", header, cells, note)
 
 
@@ -153,7 +154,9 @@ def memory_table(rows: list[dict[str, Any]], memory: dict[str, Any] | None) -> T
     title = "Peak memory of a training step"
     header = ["caption tokens", "LIFT GiB", "CLIP GiB", "LIFT saves %", "paper %", "ours - paper"]
     if memory is None:
-        stated = [f"{100 * r['paper_memory_saved']:.1f} % (n = {r['tokens']})" for r in rows if r["paper_memory_saved"] is not None]
+        stated = [
+            f"{100 * r['paper_memory_saved']:.1f} % (n = {r['tokens']})" for r in rows if r["paper_memory_saved"] is not None
+        ]
         paper = f" The paper states that LIFT saves {' and '.join(stated)}." if stated else ""
         return Table(title, header, [], NOT_MEASURED + paper)
     cells = [

@@ -13,8 +13,8 @@ from lift.model import ClipModel, LiftModel, parameter_groups
 
 DEFINITION = (
     "Peak memory that PyTorch's allocator hands out in the second training step (optimiser states are there): weights, "
-    "gradients and AdamW states in float32, activations, the contrastive loss over the batch; precision and gradient checkpointing "
-    "as in the recipe; one process."
+    "gradients and AdamW states in float32, activations, the contrastive loss over the batch; precision and gradient "
+    "checkpointing as in the recipe; one process."
 )
 STEPS = 2
 """The first makes the optimiser's states, the second is measured."""
@@ -70,11 +70,10 @@ def training_step(
     valid_B = torch.ones(len(pixels_B3HW), dtype=torch.bool, device=device)
     model.train()
     optimiser.zero_grad(set_to_none=True)
-    is_lift = isinstance(model, LiftModel)
-    tokens = None if is_lift else {"input_ids": text, "attention_mask": torch.ones_like(text)}
+    tokens = None if isinstance(model, LiftModel) else {"input_ids": text, "attention_mask": torch.ones_like(text)}
     with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
         features = model(pixels_B3HW, tokens)
-    if is_lift:
+    if isinstance(model, LiftModel):
         gathered = start_gather(model.text_features(text), valid_B, rows=len(valid_B)).wait()
         loss = contrastive_loss(features.image_BD, gathered, features.log_scale_1)
     else:

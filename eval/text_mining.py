@@ -1,8 +1,8 @@
 """Sentence pairs from captions: captions come in, pairs close in words and pairs far in words go out, with what was counted.
 
 Where images are known, they give the meaning: captions of one image mean the same, captions of different images do not, and the
-encoders have no part in the choice. Where they are not known, the encoders' mean similarity gives it: such pairs are examples to
-read, and say nothing about how well these encoders tell meanings apart. Memory is bounded by blocks and by caps; both are stated.
+encoders have no part in the choice. Where they are not known, the encoders' mean similarity gives it: such pairs are examples
+to read, and say nothing about how well these encoders tell meanings apart. Memory is bounded by blocks and by stated caps.
 """
 
 from __future__ import annotations
@@ -146,8 +146,8 @@ def close_in_words(
 ) -> tuple[NDArray[np.int64], int]:
     """Pairs (i < j) of sets with a Jaccard index of at least `least`, exactly, and of different `images` when given.
 
-    Prefix filter of set-similarity joins (AllPairs, Bayardo et al. 2007): with words in order of rising frequency, two such sets
-    share one of the first |x| - ceil(least |x|) + 1 words of each, so that only rare words are looked up.
+    Prefix filter of set-similarity joins (AllPairs, Bayardo et al. 2007): with words in order of rising frequency, two such
+    sets share one of the first |x| - ceil(least |x|) + 1 words of each, so that only rare words are looked up.
 
     Returns:
         int64 [P, 2] in rising order, a uniform sample of at most POOL, and how many pairs there are in all.

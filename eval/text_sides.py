@@ -37,19 +37,25 @@ def open_text_encoder(name: str, max_length: int = 77, precision: Precision = "f
     folder = Path(name)
     if (folder / "lift_config.json").is_file():
         encoder = load_encoder(folder)
-        return TextSide(folder.resolve().name, _checked(encoder.encode_texts, name), encoder.content_hash)
+        return TextSide(_label(folder), _checked(encoder.encode_texts, name), encoder.content_hash)
     if name == "minilm":
         settings = TextEncoderSettings(max_length=max_length, precision=precision)
     elif folder.is_dir():
         settings = TextEncoderSettings(path=name, max_length=max_length, precision=precision)
     else:
         raise UserError(
-            f"{name}: expected an encoder folder (lift export), the folder of a text encoder, or minilm; there is no such folder. "
+            f"{name}: expected an encoder folder (lift export), the folder of a text encoder, or minilm, found no such folder. "
             "Check the path."
         )
     frozen = load_text_encoder(settings)
-    label = name if name == "minilm" else folder.resolve().name
+    label = name if name == "minilm" else _label(folder)
     return TextSide(label, _checked(frozen.encode, name), describe_text_encoder(settings)["revision"])
+
+
+def _label(folder: Path) -> str:
+    """The folder's name, with its parent's where it is what every run calls its encoder."""
+    parts = folder.resolve().parts
+    return "/".join(parts[-2:] if parts[-1] == "encoder" else parts[-1:])
 
 
 def _checked(encode: Callable[[list[str]], Any], name: str) -> Callable[[list[str]], NDArray[np.float32]]:
@@ -61,7 +67,9 @@ def _checked(encode: Callable[[list[str]], Any], name: str) -> Callable[[list[st
         bad = ~(np.isfinite(norm_N1[:, 0]) & (norm_N1[:, 0] > 0))
         if bad.any():
             sentence = sentences[int(bad.argmax())]
-            raise UserError(f"{name}: gives no finite feature for the sentence {sentence[:80]!r}. Remove it or check the model.")
+            raise UserError(
+                f"{name}: gives no finite feature for the sentence {sentence[:80]!r}. Remove it or check the model."
+            )
         return raw_ND / norm_N1
 
     return normalised

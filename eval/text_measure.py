@@ -1,0 +1,162 @@
+"""What two text encoders make of sentence pairs: similarities, and every figure that is made of them."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eval.text_metrics import Auc, Floats, auc, bootstrap_aucs, interval, rank_correlation, rank_shares
+from eval.text_pairs import Pair, word_overlap
+from eval.text_sides import TextSide
+
+LISTED = 12
+"""Pairs in each list."""
+CIRCULAR = "not computed: without images the encoders themselves chose which captions count as the same meaning"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The pairs with what was measured of each; the arrays are [P]."""
+
+    pairs: list[Pair]
+    overlap: Floats
+    a: Floats
+    """Cosine similarity under encoder A."""
+    b: Floats
+
+    @property
+    def same(self) -> NDArray[np.bool_]:
+        return np.array([pair.same_meaning for pair in self.pairs])
+
+
+def measure(pairs: list[Pair], a: TextSide, b: TextSide) -> Measured:
+    """Encodes each distinct sentence once with each encoder."""
+    distinct = sorted({sentence for pair in pairs for sentence in (pair.first, pair.second)})
+    row = {sentence: number for number, sentence in enumerate(distinct)}
+    first, second = (np.array([row[getattr(pair, side)] for pair in pairs]) for side in ("first", "second"))
+
+    def similarity(side: TextSide) -> Floats:
+        feature_ND = side.encode(distinct).astype(np.float64)
+        return (feature_ND[first] * feature_ND[second]).sum(axis=1)
+
+    overlap = np.array([word_overlap(pair.first, pair.second) for pair in pairs])
+    return Measured(pairs, overlap, similarity(a), similarity(b))
+
+
+def analyse(measured: Measured, resamples: int, seed: int, circular: bool) -> dict[str, Any]:
+    """What is printed and written: correlations, AUCs, figures by kind and the lists of pairs.
+
+    Args:
+        circular: the encoders chose the pairs, so that no AUC is given.
+    """
+    same_P = measured.same
+    scores_KP = np.stack([measured.a, measured.b, measured.overlap])
+    return {
+        "pairs": {"n": len(same_P), "same_meaning": int(same_P.sum()), "different_meaning": int((~same_P).sum())},
+        "spearman": {
+            "a_overlap": rank_correlation(measured.a, measured.overlap),
+            "b_overlap": rank_correlation(measured.b, measured.overlap),
+            "a_b": rank_correlation(measured.a, measured.b),
+        },
+        "auc": CIRCULAR if circular else aucs(scores_KP, same_P, resamples, seed),
+        "bootstrap": {"resamples": resamples, "seed": seed},
+        "kinds": [_kind_row(measured, kind, circular) for kind in dict.fromkeys(pair.kind for pair in measured.pairs)],
+        "lists": lists(measured),
+    }
+
+
+def aucs(scores_KP: Floats, same_P: NDArray[np.bool_], resamples: int, seed: int) -> dict[str, Any]:
+    """AUC of encoder A, B and of word overlap alone, and A - B on the same resamples."""
+    drawn_RK = bootstrap_aucs(scores_KP, same_P, resamples, seed)
+    values = [auc(score_P[same_P], score_P[~same_P]) for score_P in scores_KP]
+    sizes = int(same_P.sum()), int((~same_P).sum())
+    found: dict[str, Any] = {
+        name: Auc(value, interval(drawn_RK[:, k]), *sizes).to_dict()
+        for k, (name, value) in enumerate(zip(("a", "b", "overlap"), values, strict=True))
+    }
+    difference = {"value": values[0] - values[1], "interval": list(interval(drawn_RK[:, 0] - drawn_RK[:, 1]))}
+    return found | {"a_minus_b": difference}
+
+
+def _kind_row(measured: Measured, kind: str, circular: bool) -> dict[str, Any]:
+    """Means of one kind of pair, and its AUC against all pairs of the other meaning."""
+    chosen = np.array([pair.kind == kind for pair in measured.pairs])
+    is_same = bool(measured.same[chosen][0])
+    others = measured.same != is_same
+    row: dict[str, Any] = {"kind": kind, "same_meaning": is_same, "n": int(chosen.sum())}
+    row["overlap"] = float(measured.overlap[chosen].mean())
+    for name, score_P in (("a", measured.a), ("b", measured.b)):
+        sides = (score_P[chosen], score_P[others]) if is_same else (score_P[others], score_P[chosen])
+        row[f"similarity_{name}"] = float(score_P[chosen].mean())
+        row[f"auc_{name}"] = None if circular else auc(*sides)
+    return row
+
+
+def lists(measured: Measured) -> dict[str, list[dict[str, Any]]]:
+    """The pairs to read: where the encoders differ most by rank, and the extremes of both sorts by their mean rank."""
+    rank_a, rank_b = rank_shares(measured.a), rank_shares(measured.b)
+    mean, gap = (rank_a + rank_b) / 2, rank_a - rank_b
+    same = measured.same
+    orders = {
+        "most_different": np.argsort(-np.abs(gap), kind="stable"),
+        "close_in_words_far_in_meaning": _within(np.argsort(mean, kind="stable"), ~same),
+        "far_in_words_close_in_meaning": _within(np.argsort(-mean, kind="stable"), same),
+    }
+    return {
+        name: [_listed(measured, int(i)) | {"rank_a": float(rank_a[i]), "rank_b": float(rank_b[i])} for i in order[:LISTED]]
+        for name, order in orders.items()
+    }
+
+
+def _within(order: NDArray[np.int64], chosen: NDArray[np.bool_]) -> NDArray[np.int64]:
+    return order[chosen[order]]
+
+
+def _listed(measured: Measured, index: int) -> dict[str, Any]:
+    return asdict(measured.pairs[index]) | {
+        "overlap": float(measured.overlap[index]),
+        "similarity_a": float(measured.a[index]),
+        "similarity_b": float(measured.b[index]),
+    }
+
+
+def as_csv(measured: Measured) -> str:
+    rows = [_listed(measured, index) for index in range(len(measured.pairs))]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def number(value: float | None) -> str:
+    return "–" if value is None else f"{value:+.3f}"
+
+
+def auc_rows(found: dict[str, Any] | str) -> list[list[str]]:
+    """Table rows of the AUCs and their intervals under A, B and words alone; none where no AUC was computed."""
+    if isinstance(found, str):
+        return []
+    columns = [found[name] for name in ("a", "b", "overlap")]
+    return [
+        ["AUC, same against different meaning", *(f"{column['value']:.3f}" for column in columns)],
+        ["95 % interval", *(f"{column['interval'][0]:.3f} to {column['interval'][1]:.3f}" for column in columns)],
+    ]
+
+
+def kind_cells(rows: list[dict[str, Any]]) -> list[list[str]]:
+    return [
+        [
+            row["kind"],
+            "same" if row["same_meaning"] else "different",
+            str(row["n"]),
+            *(f"{row[name]:.3f}" for name in ("overlap", "similarity_a", "similarity_b")),
+            *("–" if row[name] is None else f"{row[name]:.3f}" for name in ("auc_a", "auc_b")),
+        ]
+        for row in rows
+    ]
