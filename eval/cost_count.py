@@ -28,8 +28,8 @@ DEFINITION = (
     "FLOPs of the forward and backward pass of one image-caption pair: 2 for each multiply-add, in matrix products, "
     "convolutions and attention. The image encoder with its head (LIFT's MLP, CLIP's projection) and CLIP's text tower are "
     "counted; the gradient of the pixels is not, because nothing needs it. Left out are the loss, normalisations and "
-    "activations, the second forward pass of gradient checkpointing, the optimiser, and LIFT's text embeddings, which are made once before "
-    "training. All n tokens of a caption count, padding included, as the tower computes them."
+    "activations, the second forward pass of gradient checkpointing, the optimiser, and LIFT's text embeddings, which are made "
+    "once before training. All n tokens of a caption count, padding included, as the tower computes them."
 )
 NV_EMBED_DIMENSION, MINILM_DIMENSION = 4096, 384
 BATCH = 2

@@ -65,7 +65,8 @@ def _check_mined(pairs: list[Pair], settings: TextSettings) -> None:
     if not 0 < same < len(pairs):
         raise UserError(
             f"{settings.captions}: expected captions close in words and captions far in words, found {len(pairs) - same} "
-            f"pairs with an overlap of at least {settings.high_overlap} and {same} of one meaning with at most {settings.low_overlap}. "
+            f"pairs with an overlap of at least {settings.high_overlap} and {same} of one meaning with at most "
+            f"{settings.low_overlap}. "
             "Give more captions, a lower --high_overlap or a higher --low_overlap."
         )
 
