@@ -7,12 +7,13 @@ text.json, pairs.csv (a row for each pair) and scatter.html (one self-contained 
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import asdict
 from typing import Any
 
 from eval.output import format_table
 from eval.settings import TextSettings, given
-from eval.text_measure import analyse, as_csv, auc_rows, kind_cells, measure, number
+from eval.text_measure import READING, analyse, as_csv, auc_rows, kind_cells, measure, number
 from eval.text_mining import Limits, mine
 from eval.text_page import scatter_page
 from eval.text_pairs import BUILT_IN, Pair, read_captions, read_pairs
@@ -40,7 +41,7 @@ def text(settings: TextSettings) -> None:
         pairs = mined.pairs
         source["mining"] = asdict(limits) | mined.counts
         _check_mined(pairs, settings)
-    measured = measure(pairs, a, b)
+    measured = measure(pairs, a, b, settings.seed)
     encoders = [
         {"label": side.label, "path": name, "hash": side.content_hash} for side, name in zip((a, b), names, strict=True)
     ]
@@ -83,7 +84,7 @@ def summary(result: dict[str, Any]) -> str:
             ["", "A", "B", "words alone"],
             [
                 ["rank correlation with word overlap", number(rho["a_overlap"]), number(rho["b_overlap"]), ""],
-                *auc_rows(result["auc"]),
+                *auc_rows(result),
             ],
         ),
         "",
@@ -95,6 +96,7 @@ def summary(result: dict[str, Any]) -> str:
         difference = result["auc"]["a_minus_b"]
         low, high = difference["interval"]
         lines.append(f"AUC A - B: {difference['value']:+.3f} (95 % interval {low:+.3f} to {high:+.3f}).")
+        lines += textwrap.wrap(f"AUC: {READING}", 110)
     header = ["kind", "meaning", "n", "overlap", "similarity A", "similarity B", "AUC A", "AUC B"]
     lines += [
         "",

@@ -16,6 +16,12 @@ from eval.text_sides import TextSide
 
 LISTED = 12
 """Pairs in each list."""
+READING = (
+    "0.5 is guessing, and what an encoder that knows nothing gets: below it, words outweigh meaning. The pairs are chosen so "
+    "that word overlap alone scores near 0. Against exchanged sentences (each first sentence with the second of another "
+    "pair), where words hardly help, a higher AUC is more meaning. Read the two together: a low second figure makes the first "
+    "one noise."
+)
 CIRCULAR = "not computed: without images the encoders themselves chose which captions count as the same meaning"
 
 
@@ -28,24 +34,37 @@ class Measured:
     a: Floats
     """Cosine similarity under encoder A."""
     b: Floats
+    repaired_KN: Floats | None = None
+    """Scores under A, under B and by word overlap of the pairs of the same meaning with their second sentences exchanged."""
 
     @property
     def same(self) -> NDArray[np.bool_]:
         return np.array([pair.same_meaning for pair in self.pairs])
 
 
-def measure(pairs: list[Pair], a: TextSide, b: TextSide) -> Measured:
-    """Encodes each distinct sentence once with each encoder."""
+def measure(pairs: list[Pair], a: TextSide, b: TextSide, seed: int) -> Measured:
+    """Encodes each distinct sentence once with each encoder; the seed is that of the exchanged sentences."""
     distinct = sorted({sentence for pair in pairs for sentence in (pair.first, pair.second)})
     row = {sentence: number for number, sentence in enumerate(distinct)}
     first, second = (np.array([row[getattr(pair, side)] for pair in pairs]) for side in ("first", "second"))
 
+    other = exchange(np.flatnonzero([pair.same_meaning for pair in pairs]), seed)
+    left, right = np.concatenate([first, first[other[0]]]), np.concatenate([second, second[other[1]]])
+
     def similarity(side: TextSide) -> Floats:
         feature_ND = side.encode(distinct).astype(np.float64)
-        return (feature_ND[first] * feature_ND[second]).sum(axis=1)
+        return (feature_ND[left] * feature_ND[right]).sum(axis=1)
 
-    overlap = np.array([word_overlap(pair.first, pair.second) for pair in pairs])
-    return Measured(pairs, overlap, similarity(a), similarity(b))
+    overlap = np.array([word_overlap(distinct[i], distinct[j]) for i, j in zip(left, right, strict=True)])
+    scores = np.stack([similarity(a), similarity(b), overlap])
+    of_a, of_b, of_words = scores[:, : len(pairs)]
+    return Measured(pairs, of_words, of_a, of_b, scores[:, len(pairs) :])
+
+
+def exchange(chosen_N: NDArray[np.int64], seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The pairs `chosen_N` in a random order, and each one's neighbour, never itself; nothing of fewer than two."""
+    order = np.random.default_rng(seed).permutation(chosen_N)
+    return (order, np.roll(order, 1)) if len(order) > 1 else (order[:0], order[:0])
 
 
 def analyse(measured: Measured, resamples: int, seed: int, circular: bool) -> dict[str, Any]:
@@ -64,6 +83,7 @@ def analyse(measured: Measured, resamples: int, seed: int, circular: bool) -> di
             "a_b": rank_correlation(measured.a, measured.b),
         },
         "auc": CIRCULAR if circular else aucs(scores_KP, same_P, resamples, seed),
+        "auc_exchanged": None if circular else _auc_exchanged(measured, scores_KP, resamples, seed),
         "bootstrap": {"resamples": resamples, "seed": seed},
         "kinds": [_kind_row(measured, kind, circular) for kind in dict.fromkeys(pair.kind for pair in measured.pairs)],
         "lists": lists(measured),
@@ -81,6 +101,15 @@ def aucs(scores_KP: Floats, same_P: NDArray[np.bool_], resamples: int, seed: int
     }
     difference = {"value": values[0] - values[1], "interval": list(interval(drawn_RK[:, 0] - drawn_RK[:, 1]))}
     return found | {"a_minus_b": difference}
+
+
+def _auc_exchanged(measured: Measured, scores_KP: Floats, resamples: int, seed: int) -> dict[str, Any] | None:
+    """AUC of the pairs of the same meaning against the same sentences wrongly paired, where words hardly help."""
+    if measured.repaired_KN is None or measured.repaired_KN.shape[1] == 0:
+        return None
+    right_KN = scores_KP[:, measured.same]
+    both = np.concatenate([right_KN, measured.repaired_KN], axis=1)
+    return aucs(both, np.arange(both.shape[1]) < right_KN.shape[1], resamples, seed)
 
 
 def _kind_row(measured: Measured, kind: str, circular: bool) -> dict[str, Any]:
@@ -138,15 +167,15 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:+.3f}"
 
 
-def auc_rows(found: dict[str, Any] | str) -> list[list[str]]:
+def auc_rows(result: dict[str, Any]) -> list[list[str]]:
     """Table rows of the AUCs and their intervals under A, B and words alone; none where no AUC was computed."""
-    if isinstance(found, str):
-        return []
-    columns = [found[name] for name in ("a", "b", "overlap")]
-    return [
-        ["AUC, same against different meaning", *(f"{column['value']:.3f}" for column in columns)],
-        ["95 % interval", *(f"{column['interval'][0]:.3f} to {column['interval'][1]:.3f}" for column in columns)],
-    ]
+    rows = []
+    for name, label in (("auc", "AUC, same against different meaning"), ("auc_exchanged", "AUC, same against exchanged")):
+        if isinstance(result[name], dict):
+            columns = [result[name][column] for column in ("a", "b", "overlap")]
+            rows.append([label, *(f"{column['value']:.3f}" for column in columns)])
+            rows.append(["  95 % interval", *(f"{c['interval'][0]:.3f} to {c['interval'][1]:.3f}" for c in columns)])
+    return rows
 
 
 def kind_cells(rows: list[dict[str, Any]]) -> list[list[str]]:

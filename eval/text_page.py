@@ -15,7 +15,8 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from eval.page import BLUE, ORANGE, figure_fragment, render
-from eval.text_measure import Floats, Measured, auc_rows, kind_cells, number
+from eval.text_measure import READING, Measured, auc_rows, kind_cells, number
+from eval.text_metrics import Floats
 
 SHOWN = 1000
 """Points of each meaning in a plot, at most."""
@@ -42,7 +43,8 @@ def scatter_page(measured: Measured, result: dict[str, Any]) -> str:
         labels=labels,
         figures=figures,
         shown=len(shown),
-        auc_rows=auc_rows(result["auc"]),
+        auc_rows=auc_rows(result),
+        reading=READING,
         kinds=kind_cells(result["kinds"]),
         number=number,
     )

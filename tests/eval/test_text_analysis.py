@@ -12,11 +12,11 @@ import pytest
 from tiny import tiny_pretrain
 
 from eval.__main__ import main
-from eval.text_measure import Measured, analyse, aucs
+from eval.text_measure import Measured, analyse, aucs, exchange, measure
 from eval.text_metrics import auc, bootstrap_aucs, rank_correlation, rank_shares
 from eval.text_mining import Limits, close_in_words, mine
 from eval.text_pairs import Caption, Pair, read_captions, read_pairs, word_overlap, words
-from eval.text_sides import open_text_encoder
+from eval.text_sides import TextSide, open_text_encoder
 from lift.common.errors import UserError
 from lift.train import pretrain
 
@@ -101,6 +101,21 @@ def test_an_encoder_of_words_alone_is_found_out() -> None:
     assert (result["auc"]["a"]["value"], result["auc"]["b"]["value"], result["auc"]["overlap"]["value"]) == (0, 1, 0)
     assert {row["auc_b"] for row in result["kinds"]} == {1.0}
     assert sum(row["n"] for row in result["kinds"]) == 60
+
+
+def test_exchanged_sentences_tell_an_encoder_of_noise_from_one_of_meaning() -> None:
+    order, other = exchange(np.array([3, 5, 8, 9]), seed=0)
+    assert sorted(order.tolist()) == sorted(other.tolist()) == [3, 5, 8, 9] and (order != other).all()
+    assert len(exchange(np.array([3]), seed=0)[0]) == 0
+    pairs = read_pairs()
+    place = {sentence: number for number, pair in enumerate(pairs) for sentence in (pair.first, pair.second)}
+    meaning = TextSide("m", lambda s: np.eye(60, dtype=np.float32)[[place[x] for x in s]], "")  # one direction a pair
+    rng = np.random.default_rng(0)
+    noise = TextSide("n", lambda s: rng.standard_normal((len(s), 60)).astype(np.float32), "")
+    result = analyse(measure(pairs, meaning, noise, seed=0), 100, 0, circular=False)
+    found = result["auc_exchanged"]
+    assert found["a"]["value"] == 1.0 and 0.25 < found["b"]["value"] < 0.75
+    assert found["overlap"]["value"] < 0.7  # words hardly help
 
 
 def test_close_pairs_are_those_of_brute_force() -> None:
@@ -203,6 +218,7 @@ def test_command_on_real_encoders(encoders: tuple[Path, Path], tiny_llm: Path, t
     assert "A = contrastive/encoder, B = clip/encoder" in capsys.readouterr().out
     assert main(["text", str(tiny_llm), clip, "--out", str(tmp_path / "second"), "--resamples", "100"]) == 0
     second = json.loads((tmp_path / "second" / "text.json").read_text())
+    assert 0 <= second["auc_exchanged"]["a"]["value"] <= 1 and second["auc_exchanged"]["overlap"]["n_different"] == 30
     assert second["source"]["name"] == "built-in pairs" and second["pairs"]["n"] == 60
 
 
