@@ -2,8 +2,8 @@
 
     python benchmarks/sugarcrepe.py --items SUGAR_CREPE [--images VAL2017] [--encoder FOLDER] [--loop-items 300]
 
-SUGAR_CREPE holds the seven files. Photos of COCO's common size are made where none are given. Without `--encoder` a LIFT encoder
-with random weights is made: a ViT of width 192 with 6 layers on 224 pixels, aligned to a causal LM of width 256 with 6 layers.
+SUGAR_CREPE holds the seven files. Photos of COCO's common size are made where none are given, and without `--encoder` a LIFT
+encoder with random weights, aligned to a causal LM: of the demo's shapes, or with `--scale medium` larger ones.
 Like the script, the loop opens the item's image, prepares it with torchvision and encodes it alone, and embeds each of the two
 captions in a call of its own; it is timed on a sample of the items and scaled to all of them. Ours is timed whole, from reading
 the files to the written result, with an empty cache. Both sides use the same weights, number of threads and text precision.
@@ -25,21 +25,29 @@ from loss_memory import machine
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch.nn import functional as F
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as transforms
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from eval.encoder import chosen_tasks, evaluate
-from eval.encoders import ImageTextEncoder, open_encoder
+from eval.encoders import open_encoder
 from eval.settings import EncoderSettings, HardNegativeData
 from eval.tasks.hard_negatives import SUBTASKS
 from lift.common.files import read_json
+from lift.encoder import Encoder, load_encoder
 from lift.export import write_encoder_folder
 from lift.model import LiftModel, vision_config
-from lift.official import official_evaluation_pixels
+from lift.official import IMAGENET_MEAN, IMAGENET_STD
 from lift.settings import TextEncoderSettings, VisionSettings
 from lift.text_encoders import describe_text_encoder
 from lift.transforms import TextTransform
 
 PHOTO_SIZE = (640, 480)
+SCALES = {
+    "demo": (VisionSettings(image_size=64, patch_size=8, width=128, layers=4, heads=4), 128, 3),
+    "medium": (VisionSettings(image_size=224, patch_size=16, width=192, layers=6, heads=3), 256, 6),
+}
+"""The image encoder, and width and layers of the LM."""
 
 
 def main() -> None:
@@ -47,6 +55,7 @@ def main() -> None:
     parser.add_argument("--items", type=Path, required=True)
     parser.add_argument("--images", type=Path)
     parser.add_argument("--encoder", type=Path)
+    parser.add_argument("--scale", choices=SCALES, default="demo")
     parser.add_argument("--loop-items", type=int, default=300)
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
@@ -55,9 +64,9 @@ def main() -> None:
         work = Path(temporary)
         os.environ["LIFT_CACHE"] = str(work / "cache")
         images = options.images or make_images(work / "images", sorted({item["filename"] for item in items}))
-        folder = options.encoder or make_encoder(work, [item["caption"] for item in items])
+        folder = options.encoder or make_encoder(work, [item["caption"] for item in items], options.scale)
         sample = random.Random(0).sample(items, min(options.loop_items, len(items)))
-        loop = loop_seconds(open_encoder(str(folder)), sample, images) * len(items) / len(sample)
+        loop = loop_seconds(load_encoder(folder), sample, images) * len(items) / len(sample)
         ours = our_seconds(folder, options.items, images, work / "out", options.workers)
     unique = (
         len({item["filename"] for item in items}),
@@ -68,7 +77,14 @@ def main() -> None:
     print(f"lift-eval encoder         {ours:8.1f} s  {loop / ours:.1f} times faster")
 
 
-def loop_seconds(encoder: ImageTextEncoder, items: list[dict[str, Any]], images: Path) -> float:
+def script_pixels(path: Path, side: int) -> torch.Tensor:
+    """The published script's torchvision steps, cropped to what the encoder sees."""
+    resized = transforms.resize(Image.open(path).convert("RGB"), [round(side * 256 / 224)], InterpolationMode.BICUBIC)
+    pixels = transforms.to_tensor(transforms.center_crop(resized, [side, side]))
+    return transforms.normalize(pixels, list(IMAGENET_MEAN), list(IMAGENET_STD))
+
+
+def loop_seconds(encoder: Encoder, items: list[dict[str, Any]], images: Path) -> float:
     """Of the published script's loop over `items`; loading is not counted, a first item warms up."""
     start = 0.0
     for number, item in enumerate([items[0], *items]):
@@ -77,7 +93,7 @@ def loop_seconds(encoder: ImageTextEncoder, items: list[dict[str, Any]], images:
         texts = [
             torch.from_numpy(encoder.align(encoder.text_embeddings([item[key]]))) for key in ("caption", "negative_caption")
         ]
-        pixels = official_evaluation_pixels(Image.open(images / item["filename"]))
+        pixels = script_pixels(images / item["filename"], encoder.vision.config.image_size)
         image = F.normalize(encoder.image_embeddings(pixels[None]), dim=-1).cpu()
         _ = [float((text @ image.T).item()) for text in texts]
     return time.perf_counter() - start
@@ -108,7 +124,7 @@ def make_images(folder: Path, names: list[str]) -> Path:
     return folder
 
 
-def make_encoder(work: Path, captions: list[str]) -> Path:
+def make_encoder(work: Path, captions: list[str], scale: str) -> Path:
     """A LIFT encoder folder with random weights, and the causal LM that it is aligned to."""
     torch.manual_seed(0)
     bpe = Tokenizer(models.BPE())
@@ -117,15 +133,16 @@ def make_encoder(work: Path, captions: list[str]) -> Path:
         captions, trainers.BpeTrainer(vocab_size=8000, special_tokens=["<pad>", "<s>", "</s>"], show_progress=False)
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6, "num_attention_heads": 4}
+    vision, width, layers = SCALES[scale]
+    shape = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": layers, "num_attention_heads": 4}
     llm = LlamaForCausalLM(LlamaConfig(vocab_size=8000, pad_token_id=0, bos_token_id=1, eos_token_id=2, **shape))
     llm.save_pretrained(work / "llm")
     tokenizer.save_pretrained(work / "llm")
     text = TextEncoderSettings(kind="causal_lm", path=str(work / "llm"), max_length=77, precision="fp32")
-    vision = vision_config(VisionSettings(image_size=224, patch_size=16, width=192, layers=6, heads=3))
-    model = LiftModel(vision, TextTransform("none", 256))
+    config = vision_config(vision)
+    model = LiftModel(config, TextTransform("none", width))
     description = {"objective": "contrastive", "text_transform": "none", "text": describe_text_encoder(text)}
-    write_encoder_folder(work / "encoder", model.state_dict(), vision, None, description)
+    write_encoder_folder(work / "encoder", model.state_dict(), config, None, description)
     return work / "encoder"
 
 

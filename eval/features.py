@@ -33,9 +33,11 @@ class Features:
     """
 
     def __init__(
-        self, encoder: ImageTextEncoder, protocol: Protocol = "standard", batch_size: int = 64, workers: int = 2
+        self, encoder: ImageTextEncoder, protocol: Protocol = "standard", batch_size: int | None = None, workers: int = 2
     ) -> None:
-        self.encoder, self.protocol, self.batch_size, self.workers = encoder, protocol, batch_size, workers
+        self.encoder, self.protocol, self.workers = encoder, protocol, workers
+        # on a CPU larger batches leave its cache
+        self.batch_size = batch_size or (16 if encoder.device.type == "cpu" else 256)
         self._image_cache = FeatureCache(cache_folder() / f"image-{protocol}-{encoder.content_hash[:32]}")
 
     def images(self, items: Sequence[ImageItem], label: str = "images") -> np.ndarray:
@@ -89,7 +91,7 @@ class Features:
 
     def _encode_texts(self, texts: list[str]) -> Iterator[np.ndarray]:
         # long chunks let the text encoder sort by length: padding is most of what short batches would compute
-        chunk = max(self.batch_size, 1024)
+        chunk = 4096
         for start in range(0, len(texts), chunk):
             yield self.encoder.text_embeddings(texts[start : start + chunk])
 

@@ -105,8 +105,8 @@ class EncoderSettings:
     """`official` repeats the published LIFT evaluation scripts, also what is questionable in them."""
     allow_missing: bool = False
     """Score the items whose image is there, and record which are not, instead of stopping at the first missing image."""
-    batch_size: int = 64
-    """Images encoded at a time."""
+    batch_size: int | None = None
+    """Images encoded at a time; 16 on a CPU and 256 on a GPU when not given."""
     workers: int = 2
     """Threads that read and prepare images."""
     sugarcrepe: HardNegativeData = field(default_factory=HardNegativeData)
@@ -137,7 +137,7 @@ class EncoderSettings:
     """For the tasks linear_probe and knn."""
 
     def __post_init__(self) -> None:
-        _at_least(self.batch_size, 1, "batch_size")
+        _at_least(1 if self.batch_size is None else self.batch_size, 1, "batch_size")
         _at_least(self.workers, 1, "workers")
 
 

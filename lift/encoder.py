@@ -24,8 +24,10 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPTextModelWith
 
 from lift.common.errors import UserError
 from lift.common.files import read_json, require_folder, sha256_folder, sha256_text
+from lift.images import evaluation_transform
 from lift.model import class_token_feature, lift_head, mean_patch_feature
 from lift.official import EVALUATION_CROP, NOT_WEIGHTS, official_evaluation_pixels
+from lift.onednn import use_onednn
 from lift.settings import TextEncoderSettings
 from lift.text_encoders import describe_text_encoder, load_text_encoder
 from lift.text_side import TrainedTextSide
@@ -44,6 +46,7 @@ class Encoder:
         self.is_clip = self.config["objective"] == "clip"
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.processor = CLIPImageProcessorPil.from_pretrained(folder)
+        self._evaluation_pixels = evaluation_transform(self.processor)
         self.vision = load_checked(CLIPVisionModel, folder).eval().to(self.device)
         weights = load_file(folder / "lift_head.safetensors")
         width, dimension = self.vision.config.hidden_size, self.embedding_dim
@@ -58,6 +61,8 @@ class Encoder:
             raw_dimension = weights["text_transform.mean_D"].shape[0] if "text_transform.mean_D" in weights else dimension
             self.text_transform = TextTransform(self.config["text_transform"], raw_dimension, dimension)
             _load_prefixed(self.text_transform, weights, "text_transform.")
+        use_onednn(self.vision)
+        use_onednn(self.head)
 
     @property
     def embedding_dim(self) -> int:
@@ -104,7 +109,7 @@ class Encoder:
             UserError: the official protocol for an encoder that does not see 224 pixels.
         """
         if protocol == "standard":
-            return self.processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+            return self._evaluation_pixels(image.convert("RGB"))
         if self.vision.config.image_size != EVALUATION_CROP:
             raise UserError(
                 f"{self.folder}: the official evaluation protocol crops {EVALUATION_CROP} pixels, but this encoder sees "

@@ -7,9 +7,12 @@ processor that evaluation and exported folders use.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 from transformers import CLIPImageProcessorPil
@@ -29,6 +32,37 @@ def image_processor(image_size: int) -> CLIPImageProcessorPil:
         image_mean=list(OPENAI_CLIP_MEAN),
         image_std=list(OPENAI_CLIP_STD),
     )
+
+
+def evaluation_transform(processor: Any) -> Callable[[Image.Image], Tensor]:
+    """What `processor` makes of one RGB image, float32 [3, S, S]: the same numbers, in two thirds of the time for CLIP's steps.
+
+    Those are shorter side to S (by PIL), centre crop S, rescale, normalise; any other processor is called as it is. What is
+    returned may be called from several threads.
+    """
+    side = processor.size.get("shortest_edge") if hasattr(processor.size, "get") else None
+    steps = [getattr(processor, name, False) for name in ("do_resize", "do_center_crop", "do_rescale", "do_normalize")]
+    crop = processor.crop_size or {}
+    if type(processor) is not CLIPImageProcessorPil or not all(steps) or not side == crop["height"] == crop["width"]:
+        return lambda image: processor(images=image, return_tensors="pt")["pixel_values"][0]
+    # a pixel has 256 values: what the processor's arithmetic makes of each is looked up
+    levels_LLC = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None, None], (256, 256, 3))
+    plain = {"do_resize": False, "do_center_crop": False, "return_tensors": "np"}
+    table_CL = processor(images=Image.fromarray(levels_LLC.copy()), **plain)["pixel_values"][0][:, :, 0]
+
+    def transform(image: Image.Image) -> Tensor:
+        width, height = image.size
+        short, long = min(image.size), max(image.size)
+        target = (side, int(side * long / short)) if width <= height else (int(side * long / short), side)
+        resized = image.resize(target, processor.resample)
+        left, top = (target[0] - side) // 2, (target[1] - side) // 2
+        pixels_SSC = np.asarray(resized.crop((left, top, left + side, top + side)))
+        out_CSS = np.empty((3, side, side), np.float32)
+        for channel in range(3):
+            np.take(table_CL[channel], pixels_SSC[:, :, channel], out=out_CSS[channel], mode="clip")
+        return torch.from_numpy(out_CSS)
+
+    return transform
 
 
 def crop_box(width: int, height: int, scale: tuple[float, float], generator: np.random.Generator) -> tuple[int, int, int, int]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lift.onednn import use_onednn
 from lift.settings import TextEncoderSettings
 from lift.text_encoders.batching import TextEncoder, Tokenised, pad, padding_mask, tokenise_texts
-from lift.text_encoders.onednn import use_onednn
 
 
 class CausalLMEncoder(TextEncoder):

@@ -21,9 +21,9 @@ from transformers import MistralConfig, MistralModel, PreTrainedTokenizerFast
 from transformers.models.mistral.modeling_mistral import MistralRotaryEmbedding
 
 from lift.common.files import read_json
+from lift.onednn import use_onednn
 from lift.settings import TextEncoderSettings
 from lift.text_encoders.batching import TextEncoder, Tokenised, pad, padding_mask, tokenise_texts
-from lift.text_encoders.onednn import use_onednn
 
 DECODER = {
     "vocab_size": 32000,

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lift.onednn import use_onednn
 from lift.settings import TextEncoderSettings
 from lift.text_encoders.batching import TextEncoder, Tokenised, overflowed, pad
-from lift.text_encoders.onednn import use_onednn
 
 
 class SentenceTransformerEncoder(TextEncoder):

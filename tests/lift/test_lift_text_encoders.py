@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerFast
 
 from lift.common.errors import UserError
+from lift.onednn import OneDnnLinear, use_onednn
 from lift.settings import TextEncoderSettings
 from lift.text_encoders import describe_text_encoder, load_text_encoder
 from lift.text_encoders.batching import TextEncoder, Tokenised, pad, padding_mask, token_batches
 from lift.text_encoders.nv_embed import LatentAttention, NVEmbed
-from lift.text_encoders.onednn import OneDnnLinear, use_onednn
 
 CAPTIONS = ["a dog", "two people stand beside a train at the station", "a dog", "A small wooden table", "猫が寝ている 🐱", "x"]
 NV_RUNS = {
