@@ -15,8 +15,8 @@ COMMANDS = {
     "score": Command(settings.ScoreSettings, "eval.score:score", positional=True),
     "compare": Command(settings.CompareSettings, "eval.compare:compare", positional=True),
     "report": Command(settings.ReportSettings, "eval.report:report", positional=True),
-    "cost": Command(settings.CostSettings, "eval.cost:cost"),
-    "text": Command(settings.TextSettings, "eval.text_analysis:text", positional=True),
+    "cost": Command(settings.CostSettings, "eval.cost.command:cost"),
+    "text": Command(settings.TextSettings, "eval.text.analysis:text", positional=True),
 }
 _FLAGS = ("--json", "--allow_missing")
 

@@ -289,7 +289,7 @@ class TextSettings:
     """Compares two text encoders on pairs close in words and far in meaning, and on pairs far in words and close in meaning."""
 
     encoder_a: str
-    """Encoder folder of `lift export`, folder of a frozen text encoder, or `minilm`."""
+    """Any encoder that `lift-eval encoder` takes, the folder of a frozen text encoder, or `minilm`."""
     encoder_b: str
     """The same for the second encoder."""
     out: Path | None = None

@@ -47,8 +47,9 @@ def evaluation_transform(processor: Any) -> Callable[[Image.Image], Tensor]:
         return lambda image: processor(images=image, return_tensors="pt")["pixel_values"][0]
     # a pixel has 256 values: what the processor's arithmetic makes of each is looked up
     levels_LLC = np.broadcast_to(np.arange(256, dtype=np.uint8)[:, None, None], (256, 256, 3))
-    plain = {"do_resize": False, "do_center_crop": False, "return_tensors": "np"}
-    table_CL = processor(images=Image.fromarray(levels_LLC.copy()), **plain)["pixel_values"][0][:, :, 0]
+    levels = Image.fromarray(levels_LLC.copy())
+    made = processor(images=levels, do_resize=False, do_center_crop=False, return_tensors="np")
+    table_CL = made["pixel_values"][0][:, :, 0]
 
     def transform(image: Image.Image) -> Tensor:
         width, height = image.size

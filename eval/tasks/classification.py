@@ -11,18 +11,17 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from eval.class_images import LabelledImages, read_class_images
-from eval.class_ranking import ClassRanks, class_results, concatenated, rank_classes
 from eval.features import Features, normalised
 from eval.settings import ClassificationData, given
 from eval.tasks import Scored, Task, TaskData
+from eval.tasks.class_images import LabelledImages, read_class_images
+from eval.tasks.class_ranking import ClassRanks, class_results, concatenated, rank_classes
 from lift.common.errors import UserError
 from lift.common.files import require_file, sha256_text
 
@@ -72,7 +71,7 @@ def read_templates(choice: str, setting: str = "templates") -> list[str]:
     if choice == "official":
         return [OFFICIAL_TEMPLATE]
     if choice == "openai":
-        text = (files("eval") / "data" / "openai_templates.txt").read_text(encoding="utf-8")
+        text = Path(__file__).with_name("openai_templates.txt").read_text(encoding="utf-8")
         return text.splitlines()
     path = require_file(Path(choice), f"`openai`, `official` or a text file with one template a line as --{setting}")
     lines = [line.strip() for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()]

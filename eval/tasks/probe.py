@@ -14,11 +14,11 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from eval.class_images import LabelledImages, read_class_images
-from eval.class_ranking import ClassRanks, class_results, concatenated, rank_classes
 from eval.features import Features
 from eval.settings import ProbeData, given
 from eval.tasks import Scored, Task, TaskData
+from eval.tasks.class_images import LabelledImages, read_class_images
+from eval.tasks.class_ranking import ClassRanks, class_results, concatenated, rank_classes
 from lift.common.errors import UserError
 from lift.common.files import sha256_text
 

@@ -12,12 +12,12 @@ from functools import partial
 import numpy as np
 import torch
 
-from eval.caption_files import CaptionedImage, read_captioned_images
 from eval.features import Features
 from eval.measures import Measure, Record
-from eval.ranking import ranks
 from eval.settings import RetrievalData
 from eval.tasks import Scored, Task, TaskData
+from eval.tasks.caption_files import CaptionedImage, read_captioned_images
+from eval.tasks.ranking import ranks
 from lift.common.files import sha256_text
 
 RECALL_AT = (1, 5, 10)
@@ -38,7 +38,7 @@ class Pairs:
 
 
 def read_retrieval(name: str, settings: RetrievalData, allow_missing: bool) -> TaskData:
-    """Raises UserError for what `eval.caption_files` refuses."""
+    """Raises UserError for what `eval.tasks.caption_files` refuses."""
     rows, missing, notes = read_captioned_images(settings, name, allow_missing)
     images = list({row.image.content_hash: row.image for row in rows}.values())
     texts = list(dict.fromkeys(caption for row in rows for caption in row.captions))

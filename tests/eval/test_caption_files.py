@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from toy_encoder import solid
 
-from eval.caption_files import read_captioned_images
 from eval.settings import RetrievalData
+from eval.tasks.caption_files import read_captioned_images
 from lift.common.errors import UserError
 
 CAPTIONS = {"1": ["red", "a red thing"], "2": ["green"], "3": ["blue", "so blue", "red"]}

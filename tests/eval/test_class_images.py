@@ -13,7 +13,7 @@ from colours import colour_image, write_images
 from PIL import Image
 from tiny import write_tar
 
-from eval.class_images import read_class_file, read_class_images
+from eval.tasks.class_images import read_class_file, read_class_images
 from lift.common.errors import UserError
 
 RED, GREEN, BLUE = (colour_image(colour) for colour in ((255, 0, 0), (0, 255, 0), (0, 0, 255)))

@@ -14,12 +14,12 @@ import torch
 from colours import ColourEncoder, colour_image, write_images
 from tiny import write_tar
 
-from eval.class_ranking import concatenated, rank_classes
 from eval.encoder import evaluate
 from eval.features import Features, normalised
 from eval.measures import measured, records_table
 from eval.settings import ClassificationData, EncoderSettings
 from eval.tasks import load_task
+from eval.tasks.class_ranking import concatenated, rank_classes
 from eval.tasks.classification import (
     class_embeddings,
     official_class_embeddings,

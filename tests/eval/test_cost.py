@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from eval.__main__ import main
-from eval.cost import are_papers, cost_row, flops_table, memory_table
-from eval.cost_count import ClipRecipe, LiftRecipe, count_clip, count_lift, read_clip, read_lift
-from eval.cost_memory import peak_memory, random_batch, training_step
+from eval.cost.command import are_papers, cost_row, flops_table, memory_table
+from eval.cost.count import ClipRecipe, LiftRecipe, count_clip, count_lift, read_clip, read_lift
+from eval.cost.memory import peak_memory, random_batch, training_step
 from lift.common.errors import UserError
 from lift.flops import training_flops
 from lift.settings import ClipTextSettings, TextTransformSettings, VisionSettings

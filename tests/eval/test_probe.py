@@ -10,11 +10,11 @@ import pytest
 from colours import ColourEncoder, colour_image, write_images
 from sklearn.linear_model import LogisticRegression
 
-from eval.class_ranking import rank_classes
 from eval.features import Features, normalised
 from eval.measures import measured, records_table
 from eval.settings import ProbeData
 from eval.tasks import Scored, load_task
+from eval.tasks.class_ranking import rank_classes
 from eval.tasks.probe import class_logits, fit_linear_probe, knn_votes, stratified_part
 from lift.common.errors import UserError
 

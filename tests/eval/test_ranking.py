@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from eval.ranking import ranks
+from eval.tasks.ranking import ranks
 from eval.tasks.retrieval import official_top1
 
 

@@ -12,11 +12,11 @@ import pytest
 from tiny import tiny_pretrain
 
 from eval.__main__ import main
-from eval.text_measure import Measured, analyse, aucs, exchange, measure
-from eval.text_metrics import auc, bootstrap_aucs, rank_correlation, rank_shares
-from eval.text_mining import Limits, close_in_words, mine
-from eval.text_pairs import Caption, Pair, read_captions, read_pairs, word_overlap, words
-from eval.text_sides import TextSide, open_text_encoder
+from eval.text.measure import Measured, analyse, aucs, exchange, measure
+from eval.text.metrics import auc, bootstrap_aucs, rank_correlation, rank_shares
+from eval.text.mining import Limits, close_in_words, mine
+from eval.text.pairs import Caption, Pair, read_captions, read_pairs, word_overlap, words
+from eval.text.sides import TextSide, open_text_encoder
 from lift.common.errors import UserError
 from lift.train import pretrain
 
@@ -131,8 +131,8 @@ def test_close_pairs_are_those_of_brute_force() -> None:
 
 
 def test_more_close_pairs_than_fit_are_counted_and_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eval.text_mining.POOL", 50)
-    monkeypatch.setattr("eval.text_mining.BLOCK", 16)
+    monkeypatch.setattr("eval.text.mining.POOL", 50)
+    monkeypatch.setattr("eval.text.mining.BLOCK", 16)
     found, count = close_in_words([frozenset("ab")] * 60, 0.9, np.random.default_rng(0))
     assert len({tuple(pair) for pair in found.tolist()}) == 50 and count == 60 * 59 // 2
     assert found[:, 0].max() > 30  # from all blocks, not the first
@@ -202,7 +202,7 @@ def test_command_on_real_encoders(encoders: tuple[Path, Path], tiny_llm: Path, t
     result = json.loads((out / "text.json").read_text())
     sides = [open_text_encoder(name) for name in (lift, clip)]
     assert [result["encoders"][s]["hash"] for s in "ab"] == [side.content_hash for side in sides]
-    assert [side.label for side in sides] == ["contrastive/encoder", "clip/encoder"]
+    assert [side.label for side in sides] == ["contrastive", "clip"]
     with (out / "pairs.csv").open(newline="") as file:
         written = list(csv.DictReader(file))
     assert [(row["first"], row["second"]) for row in written] == [(row["first"], row["second"]) for row in rows]
@@ -215,7 +215,7 @@ def test_command_on_real_encoders(encoders: tuple[Path, Path], tiny_llm: Path, t
     assert "<script>alert" not in page and "<img src=x" not in page and "<b>bold" not in page
     assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; a dog" in page
     assert "<script src=" not in page and page.count("Plotly.newPlot(") >= 3
-    assert "A = contrastive/encoder, B = clip/encoder" in capsys.readouterr().out
+    assert "A = contrastive, B = clip" in capsys.readouterr().out
     assert main(["text", str(tiny_llm), clip, "--out", str(tmp_path / "second"), "--resamples", "100"]) == 0
     second = json.loads((tmp_path / "second" / "text.json").read_text())
     assert 0 <= second["auc_exchanged"]["a"]["value"] <= 1 and second["auc_exchanged"]["overlap"]["n_different"] == 30
@@ -240,7 +240,7 @@ def test_encoder_without_text_side_and_what_is_no_encoder(
     assert main(["text", str(clip), str(lift), "--out", str(tmp_path / "o")]) == 2
     assert "imported without a tokenizer" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
-    with pytest.raises(UserError, match="nowhere: expected an encoder folder"):
+    with pytest.raises(UserError, match="nowhere: no such folder"):
         open_text_encoder("nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no config\.json"):

@@ -17,7 +17,15 @@ from torch.utils.data import DataLoader, default_collate
 from torchvision.transforms import InterpolationMode, functional
 
 from lift.common.images import MAX_IMAGE_PIXELS, ImageFault, decode_image, decode_rgb
-from lift.images import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, crop_box, normalise, random_resized_crop
+from lift.images import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    crop_box,
+    evaluation_transform,
+    image_processor,
+    normalise,
+    random_resized_crop,
+)
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
 END = b"\xff\xd9"
@@ -314,3 +322,18 @@ class _Crops(torch.utils.data.Dataset):
 def test_crops_are_the_same_from_workers() -> None:
     here, there = (torch.cat(list(DataLoader(_Crops(), 4, num_workers=n, collate_fn=default_collate))) for n in (0, 2))
     assert here.shape == (6, 32, 32, 3) and torch.equal(here, there)
+
+
+@pytest.mark.parametrize("size", [(64, 48), (48, 64), (50, 37), (33, 33), (34, 33), (9, 200), (200, 9), (7, 5)])
+def test_evaluation_pixels_are_bit_identical_to_the_processors(size: tuple[int, int]) -> None:
+    processor, image = image_processor(33), noise_image(1, size)
+    expected = processor(images=image, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(evaluation_transform(processor)(image), expected)
+
+
+@pytest.mark.parametrize("change", [{"size": {"shortest_edge": 40}}, {"do_normalize": False}, {"do_center_crop": False}])
+def test_other_processors_are_called_as_they_are(change: dict[str, Any]) -> None:
+    processor, image = image_processor(33), noise_image(1, (64, 48))
+    for name, value in change.items():
+        setattr(processor, name, value)
+    assert torch.equal(evaluation_transform(processor)(image), processor(images=image, return_tensors="pt")["pixel_values"][0])

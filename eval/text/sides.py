@@ -9,8 +9,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.encoders import open_encoder
+from eval.encoders.transformers_encoder import MODELS
 from lift.common.errors import UserError
-from lift.encoder import load_encoder
+from lift.common.files import read_json
 from lift.settings import TextEncoderSettings
 from lift.text_encoders import describe_text_encoder, load_text_encoder
 
@@ -27,35 +29,37 @@ class TextSide(NamedTuple):
 
 
 def open_text_encoder(name: str, max_length: int = 77, precision: Precision = "fp32") -> TextSide:
-    """An encoder folder (`lift export`, `lift import`), the folder of a frozen text encoder, or `minilm`.
+    """The text side of any encoder that `lift-eval encoder` opens, the folder of a frozen text encoder, or `minilm`.
 
     Args:
-        max_length, precision: of a frozen text encoder; an encoder folder says its own.
+        max_length, precision: of a frozen text encoder; an image-text encoder says its own.
     Raises:
-        UserError: nothing of these, or an encoder folder that is not whole. One without a text side raises when it encodes.
+        UserError: nothing of these, or an encoder that is not whole. One without a text side raises when it encodes.
     """
     folder = Path(name)
-    if (folder / "lift_config.json").is_file():
-        encoder = load_encoder(folder)
-        return TextSide(_label(folder), _checked(encoder.encode_texts, name), encoder.content_hash)
     if name == "minilm":
-        settings = TextEncoderSettings(max_length=max_length, precision=precision)
-    elif folder.is_dir():
-        settings = TextEncoderSettings(path=name, max_length=max_length, precision=precision)
-    else:
-        raise UserError(
-            f"{name}: expected an encoder folder (lift export), the folder of a text encoder, or minilm, found no such folder. "
-            "Check the path."
-        )
+        return _frozen(TextEncoderSettings(max_length=max_length, precision=precision), name, name)
+    if folder.is_dir() and not _is_image_text(folder):
+        return _frozen(TextEncoderSettings(path=name, max_length=max_length, precision=precision), folder.resolve().name, name)
+    encoder = open_encoder(name)
+
+    def encode(sentences: list[str]) -> NDArray[np.float32]:
+        return encoder.align(encoder.text_embeddings(sentences))
+
+    return TextSide(encoder.name, _checked(encode, name), encoder.content_hash)
+
+
+def _is_image_text(folder: Path) -> bool:
+    """By its files: an encoder of ours, a run, or a model of transformers with two towers."""
+    if any((folder / file).is_file() for file in ("lift_config.json", "encoder/lift_config.json", "config.yaml")):
+        return True
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    return isinstance(config, dict) and config.get("model_type") in MODELS
+
+
+def _frozen(settings: TextEncoderSettings, label: str, name: str) -> TextSide:
     frozen = load_text_encoder(settings)
-    label = name if name == "minilm" else _label(folder)
     return TextSide(label, _checked(frozen.encode, name), describe_text_encoder(settings)["revision"])
-
-
-def _label(folder: Path) -> str:
-    """The folder's name, with its parent's where it is what every run calls its encoder."""
-    parts = folder.resolve().parts
-    return "/".join(parts[-2:] if parts[-1] == "encoder" else parts[-1:])
 
 
 def _checked(encode: Callable[[list[str]], Any], name: str) -> Callable[[list[str]], NDArray[np.float32]]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from eval.cost_count import ClipRecipe, LiftRecipe
+from eval.cost.count import ClipRecipe, LiftRecipe
 from lift.common.errors import UserError
 from lift.losses import clip_loss, contrastive_loss, start_gather
 from lift.model import ClipModel, LiftModel, parameter_groups

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
-from eval.text_pairs import Caption, Pair, word_overlap, words
+from eval.text.pairs import Caption, Pair, word_overlap, words
 
 Encode = Callable[[list[str]], NDArray[np.float32]]
 """Sentences to L2-normalised float32 features [N, D]."""

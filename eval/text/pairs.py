@@ -14,7 +14,7 @@ from typing import Any
 from lift.common.errors import UserError
 from lift.common.files import read_json, read_jsonl, require_file
 
-BUILT_IN = Path(__file__).parent / "data" / "text_pairs.json"
+BUILT_IN = Path(__file__).with_name("pairs.json")
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 
 

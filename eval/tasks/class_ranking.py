@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from eval.class_images import LabelledImages
 from eval.measures import Measure, Record
 from eval.tasks import Scored
+from eval.tasks.class_images import LabelledImages
 
 KEPT_SCORES = 5
 """Scores of wrong classes that a record keeps."""

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.text_metrics import Auc, Floats, auc, bootstrap_aucs, interval, rank_correlation, rank_shares
-from eval.text_pairs import Pair, word_overlap
-from eval.text_sides import TextSide
+from eval.text.metrics import Auc, Floats, auc, bootstrap_aucs, interval, rank_correlation, rank_shares
+from eval.text.pairs import Pair, word_overlap
+from eval.text.sides import TextSide
 
 LISTED = 12
 """Pairs in each list."""

@@ -16,7 +16,7 @@ import plotly.graph_objects as go
 import torch
 from tqdm import tqdm
 
-from eval.cost_count import (
+from eval.cost.count import (
     DEFINITION,
     NV_EMBED_DIMENSION,
     ClipRecipe,
@@ -27,8 +27,8 @@ from eval.cost_count import (
     read_clip,
     read_lift,
 )
-from eval.cost_memory import DEFINITION as MEMORY_DEFINITION
-from eval.cost_memory import peak_memory
+from eval.cost.memory import DEFINITION as MEMORY_DEFINITION
+from eval.cost.memory import peak_memory
 from eval.output import format_table
 from eval.page import BLUE, GREY, ORANGE, figure_fragment, render
 from eval.settings import CostSettings

@@ -15,8 +15,8 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 
 from eval.page import BLUE, ORANGE, figure_fragment, render
-from eval.text_measure import READING, Measured, auc_rows, kind_cells, number
-from eval.text_metrics import Floats
+from eval.text.measure import READING, Measured, auc_rows, kind_cells, number
+from eval.text.metrics import Floats
 
 SHOWN = 1000
 """Points of each meaning in a plot, at most."""

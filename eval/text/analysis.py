@@ -13,11 +13,11 @@ from typing import Any
 
 from eval.output import format_table
 from eval.settings import TextSettings, given
-from eval.text_measure import READING, analyse, as_csv, auc_rows, kind_cells, measure, number
-from eval.text_mining import Limits, mine
-from eval.text_page import scatter_page
-from eval.text_pairs import BUILT_IN, Pair, read_captions, read_pairs
-from eval.text_sides import open_text_encoder
+from eval.text.measure import READING, analyse, as_csv, auc_rows, kind_cells, measure, number
+from eval.text.mining import Limits, mine
+from eval.text.page import scatter_page
+from eval.text.pairs import BUILT_IN, Pair, read_captions, read_pairs
+from eval.text.sides import open_text_encoder
 from lift.common.errors import UserError
 from lift.common.files import check_output_folder, sha256_file, write_json, write_text
 
