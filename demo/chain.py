@@ -109,10 +109,9 @@ def pretrain(name: str, recipe: str, settings: RunSettings, *changes: str) -> St
 
 
 def measure_encoder(name: str, out: Path) -> Stage:
-    negatives, pairs, results = out / "world" / "sugar_crepe", out / "world" / "pairs", out / f"encoder_{name}"
+    results = out / f"encoder_{name}"
     command = ["eval", "encoder", str(out / name / "encoder"), "--out", str(results)]
-    command += ["--tasks", "sugarcrepe,retrieval", "--sugarcrepe.path", str(negatives)]
-    command += ["--retrieval.path", str(pairs / "held_out")]
+    command += ["--config", str(RECIPES / "benchmarks.yaml")]
     return Stage(f"measure the {name.upper()} encoder", command, results / "results.json")
 
 

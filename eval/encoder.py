@@ -17,8 +17,8 @@ from eval.settings import EncoderSettings
 from eval.tasks import TASKS, Task, TaskData, load_task
 from lift.common.environment import describe_environment
 from lift.common.errors import UserError
-from lift.common.files import atomic_folder, check_output_folder, write_json
-from lift.common.settings import nearest
+from lift.common.files import atomic_folder, check_output_folder, read_json, write_json
+from lift.common.settings import nearest, to_plain
 
 if TYPE_CHECKING:
     from eval.encoders import ImageTextEncoder
@@ -67,11 +67,23 @@ def evaluate(
 ) -> dict[str, Any]:
     """Writes `out` (`results.json`, `records.parquet`) and returns the results.
 
-    Features are kept on disk (see `eval.features`), so that an interrupted run goes on and a repeated one only scores.
+    Features are kept on disk (see `eval.features`), so that an interrupted run goes on. Results of the same encoder, data and
+    settings that are there already are returned as they are.
 
     Raises:
         UserError: an image that cannot be decoded, or an encoder whose features are not finite.
     """
+    made_from = {
+        "encoder": model.name,
+        "encoder_hash": model.content_hash,
+        "protocol": settings.protocol,
+        "data_hash": {name: data[name].data_hash for name in tasks},
+        "settings": {name: to_plain(getattr(settings, task.settings)) for name, task in tasks.items()},
+    }
+    earlier = read_json(out / RESULTS) if (out / RESULTS).is_file() and (out / RECORDS_FILE).is_file() else {}
+    if earlier.items() >= made_from.items():
+        print(f"{out}: reused, results of the same encoder on the same data.")
+        return earlier
     features = Features(model, settings.protocol, settings.batch_size, settings.workers)
     tables: list[pa.Table] = []
     metrics: dict[str, Any] = {}
@@ -84,15 +96,7 @@ def evaluate(
         of_tasks[name] = {"missing": data[name].missing, "notes": data[name].notes, "details": scored.details}
         of_tasks[name] |= {"seconds": round(time.monotonic() - start, 1)}
         tables.append(table)
-    results = {
-        "encoder": model.name,
-        "encoder_hash": model.content_hash,
-        "protocol": settings.protocol,
-        "data_hash": {name: data[name].data_hash for name in tasks},
-        "metrics": metrics,
-        "tasks": of_tasks,
-        "environment": describe_environment(),
-    }
+    results = made_from | {"metrics": metrics, "tasks": of_tasks, "environment": describe_environment()}
     with atomic_folder(out) as work:
         pq.write_table(pa.concat_tables(tables), work / RECORDS_FILE)
         write_json(work / RESULTS, results)

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
+from eval.encoder import chosen_tasks
+from eval.settings import EncoderSettings
 from lift.common.settings import parse_settings
 from lift.flops import training_flops
 from lift.settings import EmbedSettings, PretrainSettings
@@ -20,7 +22,13 @@ from lmm.settings import FinetuneSettings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
-SETTINGS = {"embed": EmbedSettings, "lift": PretrainSettings, "clip": PretrainSettings, "llava": FinetuneSettings}
+SETTINGS = {
+    "embed": EmbedSettings,
+    "lift": PretrainSettings,
+    "clip": PretrainSettings,
+    "llava": FinetuneSettings,
+    "benchmarks": EncoderSettings,
+}
 TEXT_SIDE = {"objective", "embeddings", "text_encoder", "clip_text", "out"}
 OFFICIAL = ("lift_short", "lift_long", "clip_short", "clip_long")
 HALF_AN_H100 = 0.5 * 989e12
@@ -29,7 +37,7 @@ HALF_AN_H100 = 0.5 * 989e12
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LIFT_DATA", "CLIP_TOKENIZER"):
+    for name in ("LIFT_DATA", "LIFT_BENCHMARKS", "CLIP_TOKENIZER"):
         monkeypatch.setenv(name, f"/{name.lower()}")
     for name in ("LIFT_DEMO", "LIFT_EMBEDDINGS", "NV_EMBED"):
         monkeypatch.delenv(name, raising=False)
@@ -37,12 +45,20 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def load(recipe: str, *arguments: str) -> Any:
     settings = SETTINGS[Path(recipe).stem.partition("_")[0]]
-    return parse_settings(settings, ["--config", str(CONFIGS / recipe), *arguments], recipe, "")
+    positional = ["encoder"] if settings is EncoderSettings else []
+    return parse_settings(settings, [*positional, "--config", str(CONFIGS / recipe), *arguments], recipe, "", bool(positional))
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if "benchmarks" not in recipe])
 def test_recipe_loads(recipe: str) -> None:
     assert str(load(recipe).out).startswith("runs/")
+
+
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if "benchmarks" in recipe])
+def test_benchmarks_name_tasks_and_their_paths(recipe: str) -> None:
+    settings = load(recipe)
+    for name, task in chosen_tasks(settings.tasks).items():
+        assert getattr(settings, task.settings).path is not None, name
 
 
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if Path(recipe).name.startswith("clip")])
