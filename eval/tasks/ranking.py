@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from operator import ge, gt
 from typing import NamedTuple
 
 import numpy as np
@@ -60,6 +61,17 @@ def _chunk_ranks(similarity_BM: torch.Tensor, right: list[np.ndarray]) -> Ranks:
     right_P = similarity_BM[row_P, column_P]
     best_B = torch.full((len(right),), -torch.inf, device=device).scatter_reduce(0, row_P, right_P, "amax")
     similarity_BM[row_P, column_P] = -torch.inf  # what is left are wrong items
-    rank_B = (similarity_BM >= best_B[:, None]).sum(dim=1)
-    tie_B = (similarity_BM == best_B[:, None]).any(dim=1)
-    return Ranks(*(values.cpu().numpy() for values in (rank_B, tie_B, best_B, similarity_BM.amax(dim=1))))
+    at_least_B, above_B = _counts(similarity_BM, best_B)
+    return Ranks(at_least_B, at_least_B > above_B, best_B.cpu().numpy(), similarity_BM.amax(dim=1).cpu().numpy())
+
+
+def _counts(similarity_BM: torch.Tensor, limit_B: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [B]: how many of each row are at least, and how many are above, its limit."""
+    if similarity_BM.device.type != "cpu":
+        limit_B1 = limit_B[:, None]
+        counts = (similarity_BM >= limit_B1).sum(dim=1), (similarity_BM > limit_B1).sum(dim=1)
+        return counts[0].cpu().numpy(), counts[1].cpu().numpy()
+    # NumPy counts a row of booleans 20 times as fast as torch, which widens each to 8 bytes first
+    rows = list(zip(similarity_BM.numpy(), limit_B.numpy(), strict=True))
+    at_least, above = ([np.count_nonzero(compare(row_M, limit)) for row_M, limit in rows] for compare in (ge, gt))
+    return np.array(at_least, np.int64), np.array(above, np.int64)
