@@ -18,21 +18,10 @@ COMMANDS = {
     "cost": Command(settings.CostSettings, "eval.cost.command:cost"),
     "text": Command(settings.TextSettings, "eval.text.analysis:text", positional=True),
 }
-_FLAGS = ("--json", "--allow_missing")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return run_command("lift-eval", COMMANDS, _expand_flags(sys.argv[1:] if arguments is None else arguments))
-
-
-def _expand_flags(arguments: list[str]) -> list[str]:
-    """The settings parser wants a value after every key; a bare `--json` means `--json true`."""
-    expanded = []
-    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
-        expanded.append(argument)
-        if argument in _FLAGS and following.lower() not in ("true", "false"):
-            expanded.append("true")
-    return expanded
+    return run_command("lift-eval", COMMANDS, arguments)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,8 @@ class EncoderSettings:
     """Folder of `lift export` or run folder of `lift pretrain`; folder or hub name of a transformers CLIP or SigLIP model; or
     open_clip:ARCHITECTURE:TAG_OR_FILE."""
     tasks: str = "sugarcrepe"
-    """Names separated by commas; an unknown one is answered with the list."""
+    """Names separated by commas: sugarcrepe, sugarcrepe_pp, aro_relation, aro_attribution, aro_coco_order, aro_flickr_order,
+    winoground, imagenet, classification, linear_probe, knn, coco, flickr30k, retrieval."""
     out: Path | None = None
     """Folder for the results; runs/eval/ENCODER when not given."""
     protocol: Literal["standard", "official"] = "standard"
