@@ -30,6 +30,8 @@ def compare(settings: CompareSettings) -> None:
 
     Two folders of `lift-eval encoder` are compared by `eval.compare_encoders`.
     """
+    for run in (settings.run_a, settings.run_b):
+        require_folder(run, "a folder of lift-eval encoder or lift-eval lmm")
     are_encoders = [(run / "results.json").is_file() for run in (settings.run_a, settings.run_b)]
     if all(are_encoders):
         from eval.compare_encoders import compare_encoders

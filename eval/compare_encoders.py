@@ -18,6 +18,8 @@ from eval.settings import CompareSettings, given
 from lift.common.errors import UserError
 from lift.common.files import atomic_folder, check_output_folder, read_json, require_file, write_json
 
+PATHS = ("path", "images", "classes", "train", "test")
+"""Settings of a task that may differ: what lies there is in the data hash."""
 MISMATCH = "Run lift-eval encoder for both on the same data, with the same --protocol and --tasks."
 
 
@@ -29,7 +31,7 @@ def compare_encoders(settings: CompareSettings) -> dict[str, Any]:
     """
     out = given(settings.out, "out")
     check_output_folder(out, "comparison.json")
-    results_a, results_b = (read_json(run / RESULTS, "results of an encoder") for run in (settings.run_a, settings.run_b))
+    results_a, results_b = (read_results(run) for run in (settings.run_a, settings.run_b))
     tasks = _common_tasks(settings, results_a, results_b)
     table_a, table_b = _records(settings.run_a, results_a), _records(settings.run_b, results_b)
     rows = [
@@ -153,6 +155,15 @@ def comparison_table(comparison: dict[str, Any]) -> str:
     return format_table(header, rows)
 
 
+def read_results(run: Path) -> dict[str, Any]:
+    """Raises UserError when `run` holds no results of `lift-eval encoder`."""
+    results = read_json(run / RESULTS, "results of an encoder")
+    expected = {"encoder", "encoder_hash", "protocol", "data_hash", "settings", "metrics", "tasks"}
+    if not isinstance(results, dict) or not expected <= results.keys():
+        raise UserError(f"{run / RESULTS}: expected results of lift-eval encoder, found something else. Measure it again.")
+    return results
+
+
 def _common_tasks(settings: CompareSettings, a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     where = f"{settings.run_a} and {settings.run_b}"
     if a["protocol"] != b["protocol"]:
@@ -166,6 +177,11 @@ def _common_tasks(settings: CompareSettings, a: dict[str, Any], b: dict[str, Any
             raise UserError(
                 f"{where}: {task} was measured on other data (images missing: {counts[0]} and {counts[1]}). {MISMATCH}"
             )
+        for name, value in a["settings"][task].items():
+            if name not in PATHS and value != b["settings"][task].get(name):
+                raise UserError(
+                    f"{where}: {task} was measured with {name} {value} and {b['settings'][task].get(name)}. {MISMATCH}"
+                )
     return tasks
 
 

@@ -45,6 +45,11 @@ def encoder(settings: EncoderSettings) -> None:
 
 
 def chosen_tasks(names: str) -> dict[str, Task]:
+    """The tasks by their names."""
+    return {name: load_task(name) for name in chosen_names(names)}
+
+
+def chosen_names(names: str) -> list[str]:
     """Raises UserError naming the nearest task for an unknown name, and for none or one given twice."""
     chosen = [name.strip() for name in names.split(",") if name.strip()]
     if not chosen or len(set(chosen)) < len(chosen):
@@ -52,14 +57,15 @@ def chosen_tasks(names: str) -> dict[str, Task]:
     for name in chosen:
         if name not in TASKS:
             raise UserError(f"--tasks: unknown task '{name}'. {nearest(name, list(TASKS))}")
-    return {name: load_task(name) for name in chosen}
+    return chosen
 
 
 def default_out(settings: EncoderSettings) -> Path:
-    """runs/eval and a name made of the last two parts of the encoder's, so that `RUN/encoder` says which run."""
+    """runs/eval, a name made of the last two parts of the encoder's, so that `RUN/encoder` says which run, and the tasks."""
     parts = re.split(r"[/:]+", settings.encoder.strip("/"))[-2:]
     name = re.sub(r"[^\w.-]+", "_", "-".join(parts)).strip(".-_") or "encoder"
-    return Path("runs/eval") / (name if settings.protocol == "standard" else f"{name}-{settings.protocol}")
+    name = name if settings.protocol == "standard" else f"{name}-{settings.protocol}"
+    return Path("runs/eval") / name / "+".join(chosen_names(settings.tasks))
 
 
 def evaluate(
@@ -80,10 +86,12 @@ def evaluate(
         "data_hash": {name: data[name].data_hash for name in tasks},
         "settings": {name: to_plain(getattr(settings, task.settings)) for name, task in tasks.items()},
     }
-    earlier = read_json(out / RESULTS) if (out / RESULTS).is_file() and (out / RECORDS_FILE).is_file() else {}
+    earlier = earlier_results(out)
     if earlier.items() >= made_from.items():
         print(f"{out}: reused, results of the same encoder on the same data.")
         return earlier
+    if settings.out is None and earlier.get("encoder_hash", model.content_hash) != model.content_hash:
+        raise UserError(f"{out}: holds results of another encoder of that name. Give --out.")
     features = Features(model, settings.protocol, settings.batch_size, settings.workers)
     tables: list[pa.Table] = []
     metrics: dict[str, Any] = {}
@@ -101,6 +109,17 @@ def evaluate(
         pq.write_table(pa.concat_tables(tables), work / RECORDS_FILE)
         write_json(work / RESULTS, results)
     return results
+
+
+def earlier_results(out: Path) -> dict[str, Any]:
+    """What an earlier run left in `out`; nothing when it is damaged, since it is then made again."""
+    if not (out / RECORDS_FILE).is_file():
+        return {}
+    try:
+        earlier = read_json(out / RESULTS)
+    except UserError:
+        return {}
+    return earlier if isinstance(earlier, dict) else {}
 
 
 def results_table(results: dict[str, Any]) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from lift.common.errors import UserError
 from lift.common.files import atomic_file, sha256_bytes
 
 KEY_BYTES = 16
@@ -22,7 +23,10 @@ KEY_BYTES = 16
 
 def cache_folder() -> Path:
     """In the folder of the environment variable LIFT_CACHE, else in the user's cache."""
-    return Path(os.environ.get("LIFT_CACHE") or Path.home() / ".cache" / "lift") / "features"
+    cache = Path(os.environ.get("LIFT_CACHE") or Path.home() / ".cache" / "lift")
+    if cache.is_file():
+        raise UserError(f"LIFT_CACHE: expected a folder, found the file {cache}.")
+    return cache / "features"
 
 
 class FeatureCache:
@@ -38,9 +42,6 @@ class FeatureCache:
             except (SafetensorError, OSError):
                 continue
             self._remember(path, keys_NK)
-
-    def __len__(self) -> int:
-        return len(self._place)
 
     def __contains__(self, key: str) -> bool:
         return _short(key) in self._place

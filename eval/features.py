@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Literal
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
     from eval.encoders import ImageTextEncoder
 
 Protocol = Literal["standard", "official"]
-WRITE_EVERY = 4096
-"""Rows after which what is new goes to disk: what an interrupted run may lose."""
+WRITE_EVERY, WRITE_SECONDS = 4096, 20
+"""Rows, or time, after which what is new goes to disk: what a killed run may lose."""
+TEXT_CHUNK = 512
+"""Texts of like length that are encoded at a time."""
 
 
 class Features:
@@ -70,7 +73,8 @@ class Features:
 
     def raw_texts(self, texts: Sequence[str], label: str = "texts") -> np.ndarray:
         """float32 [N, T], as the text encoder gives them."""
-        unique = {sha256_text(text): text for text in texts}
+        # of like length together: padding is most of what a mixed batch would compute
+        unique = {sha256_text(text): text for text in sorted(texts, key=len, reverse=True)}
         cache = self._text_cache()
         self._fill(cache, list(unique), lambda keys: self._encode_texts([unique[key] for key in keys]), label, unit="text")
         return cache.read([sha256_text(text) for text in texts])
@@ -90,10 +94,8 @@ class Features:
                 yield normalised(self.encoder.image_embeddings(torch.stack(loaded)).float().cpu().numpy())
 
     def _encode_texts(self, texts: list[str]) -> Iterator[np.ndarray]:
-        # long chunks let the text encoder sort by length: padding is most of what short batches would compute
-        chunk = 4096
-        for start in range(0, len(texts), chunk):
-            yield self.encoder.text_embeddings(texts[start : start + chunk])
+        for start in range(0, len(texts), TEXT_CHUNK):
+            yield self.encoder.text_embeddings(texts[start : start + TEXT_CHUNK])
 
     def _fill(
         self,
@@ -105,19 +107,30 @@ class Features:
     ) -> None:
         absent = [key for key in keys if key not in cache]
         waiting: list[np.ndarray] = []
-        done = 0
-        with tqdm(total=len(absent), desc=f"encode {label}", unit=unit, disable=not absent, leave=False) as bar:
-            for rows_BT in encode(absent) if absent else ():
-                if not np.isfinite(rows_BT).all():
-                    raise UserError(
-                        f"{self.encoder.name}: gives features that are not finite for the {label}. Check its training."
-                    )
-                waiting.append(rows_BT)
-                bar.update(len(rows_BT))
-                held = sum(map(len, waiting))
-                if held >= WRITE_EVERY or done + held == len(absent):
-                    cache.write(absent[done : done + held], np.concatenate(waiting))
-                    done, waiting = done + held, []
+        done, written = 0, time.monotonic()
+        try:
+            with tqdm(total=len(absent), desc=f"encode {label}", unit=unit, disable=not absent, leave=False) as bar:
+                for rows_BT in encode(absent) if absent else ():
+                    if not np.isfinite(rows_BT).all():
+                        raise UserError(
+                            f"{self.encoder.name}: gives features that are not finite for the {label}. Check its training."
+                        )
+                    waiting.append(rows_BT)
+                    bar.update(len(rows_BT))
+                    if sum(map(len, waiting)) >= WRITE_EVERY or time.monotonic() - written > WRITE_SECONDS:
+                        done, written = _write(cache, absent, done, waiting), time.monotonic()
+        finally:
+            _write(cache, absent, done, waiting)
+
+
+def _write(cache: FeatureCache, keys: list[str], done: int, waiting: list[np.ndarray]) -> int:
+    """Puts what is waiting, rows of the keys from `done` on, to disk, and returns how many keys then are."""
+    if waiting:
+        rows_NT = np.concatenate(waiting)
+        cache.write(keys[done : done + len(rows_NT)], rows_NT)
+        done += len(rows_NT)
+        waiting.clear()
+    return done
 
 
 def normalised(rows_ND: np.ndarray) -> np.ndarray:

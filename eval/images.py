@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from lift.common.errors import UserError
 from lift.common.files import sha256_bytes, sha256_text
@@ -29,21 +29,23 @@ class ImageItem:
     """Only this part is shown to the encoder (ARO crops relations)."""
 
     def load(self) -> Image.Image:
-        """Upright RGB. Raises UserError, naming the image, when it cannot be decoded or most of the box lies outside it."""
+        """Upright RGB; a box is cut from the image as stored, which is what its coordinates are of.
+
+        Raises:
+            UserError: naming the image, when it cannot be decoded or most of the box lies outside it.
+        """
+        if self.box is not None:
+            with self._opened() as stored:
+                return self._decoded(stored).crop(inside(self.box, stored.size, self.name)).convert("RGB")
         try:
-            image = decode_image(self.read())
+            return decode_image(self.read())
         except (OSError, ImageFault) as error:
-            raise UserError(f"{self.name}: expected an image, but it cannot be decoded: {error}") from error
-        return image if self.box is None else image.crop(inside(self.box, image.size, self.name))
+            raise self._fault(error) from error
 
     def load_as_stored(self) -> Image.Image:
         """As PIL opens it, neither turned nor converted, which is what the official scripts see. Outside the image a box is
         black."""
-        image = self._opened()
-        try:
-            image.load()
-        except OSError as error:
-            raise UserError(f"{self.name}: expected an image, but it cannot be decoded: {error}") from error
+        image = self._decoded(self._opened())
         return image if self.box is None else image.crop(self.box)
 
     def header(self) -> tuple[str, tuple[int, int]]:
@@ -54,8 +56,22 @@ class ImageItem:
     def _opened(self) -> Image.Image:
         try:
             return Image.open(io.BytesIO(self.read()), formats=FORMATS)
+        except UnidentifiedImageError as error:
+            raise self._fault("it is none of " + ", ".join(FORMATS)) from error
         except (OSError, Image.DecompressionBombError) as error:
-            raise UserError(f"{self.name}: expected an image, but it cannot be decoded: {error}") from error
+            raise self._fault(error) from error
+
+    def _decoded(self, image: Image.Image) -> Image.Image:
+        try:
+            image.load()
+        except OSError as error:
+            raise self._fault(error) from error
+        return image
+
+    def _fault(self, why: object) -> UserError:
+        return UserError(
+            f"{self.name}: expected an image, but it cannot be decoded: {why}. Mend it, or remove it and give --allow_missing."
+        )
 
 
 def inside(box: Box, size: tuple[int, int], where: str) -> Box:
@@ -138,5 +154,5 @@ class ImageFolder:
                 f"{path}: expected the image of {item}, but there is none. Check --{self.setting}, or give --allow_missing "
                 "to score the items whose image is there."
             ) from error
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: no file can have that name
             raise UserError(f"{path}: expected the image of {item}, but it cannot be read: {error}") from error

@@ -40,7 +40,7 @@ class Record:
     """Similarity of each candidate, the correct one first."""
     correct: float
     cluster: str = ""
-    """What other items share with this one; its own id when empty."""
+    """What other items share with this one; nothing when empty."""
     rank: int | None = None
     tie: bool = False
 
@@ -95,7 +95,7 @@ def records_table(task: str, records: Iterable[Record]) -> pa.Table:
         "task": pa.repeat(pa.scalar(task), len(rows)),
         "subtask": [row.subtask for row in rows],
         "id": [row.id for row in rows],
-        "cluster": [row.cluster or row.id for row in rows],
+        "cluster": [row.cluster or f"{row.subtask}/{row.id}" for row in rows],
         "scores": [list(map(float, row.scores)) for row in rows],
         "correct": [row.correct for row in rows],
         "rank": [row.rank for row in rows],
@@ -152,15 +152,21 @@ def mean_interval(found: Outcomes) -> tuple[float, float]:
     """95 % Wilson score interval of a weighted mean of values in [0, 1].
 
     The count is the effective sample size p (1 - p) / variance, at most n, where the variance of the mean is linearised over
-    clusters: items of one image count for less when they are right or wrong together (Korn and Graubard 1998). For independent
-    items of one stratum that are right or wrong this is Wilson's interval of a proportion.
+    clusters: items of one image count for less when they are right or wrong together (Korn and Graubard 1998). Where all items
+    are right or all are wrong, it is the number of clusters, weighed by their size. For independent items of one stratum that
+    are right or wrong this is Wilson's interval of a proportion.
     """
     n = len(found.value_N)
     mean = found.mean
     stratum_mean_S = np.bincount(found.stratum_N, found.value_N) / np.bincount(found.stratum_N)
     residual_N = found.weight_N * (found.value_N - stratum_mean_S[found.stratum_N])
+    # a stratum of one cluster shows no variance: it is given that of the whole, for the cluster as one item
+    alone_S = np.bincount(np.unique(np.stack([found.stratum_N, found.cluster_N]), axis=1)[0]) == 1
+    alone_N = alone_S[found.stratum_N]
+    residual_N[alone_N] = found.weight_N[alone_N] * np.sqrt(mean * (1 - mean))
     variance = float(np.sum(np.bincount(found.cluster_N, residual_N) ** 2))
-    effective = n if variance == 0 else min(n, mean * (1 - mean) / variance)
+    largest = 1 / float(np.sum(np.bincount(found.cluster_N, found.weight_N) ** 2))
+    effective = largest if variance == 0 else min(n, mean * (1 - mean) / variance)
     low, high = proportion_confint(mean * effective, effective, alpha=0.05, method="wilson")
     return float(low), float(high)
 

@@ -101,7 +101,7 @@ class EncoderSettings:
     """Names separated by commas: sugarcrepe, sugarcrepe_pp, aro_relation, aro_attribution, aro_coco_order, aro_flickr_order,
     winoground, imagenet, classification, linear_probe, knn, coco, flickr30k, retrieval."""
     out: Path | None = None
-    """Folder for the results; runs/eval/ENCODER when not given."""
+    """Folder for the results; runs/eval/ENCODER/TASKS when not given."""
     protocol: Literal["standard", "official"] = "standard"
     """`official` repeats the published LIFT evaluation scripts, also what is questionable in them."""
     allow_missing: bool = False

@@ -234,7 +234,9 @@ def load_encoder(folder: Path) -> Encoder:
     try:
         return Encoder(folder)
     except (OSError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: not a whole encoder folder: {str(error).splitlines()[0]}. Export it again.") from error
+        raise UserError(
+            f"{folder}: not a whole encoder folder: {' '.join(str(error).split())[:300]}. Export it again."
+        ) from error
 
 
 def encoder_hash(folder: Path) -> str:

@@ -116,11 +116,17 @@ def _coco_captions(path: Path, split: str) -> Iterator[tuple[str, str, list[Any]
 
 
 def _flickr_csv(path: Path, split: str) -> Iterator[tuple[str, str, list[Any]]]:
-    rows, splits = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline="")), set()
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected a CSV in UTF-8: {error}.") from error
+    rows, splits = csv.DictReader(io.StringIO(text, newline="")), set()
     for row in rows:
         try:
             splits.add(row["split"])
             if row["split"] == split:
+                if not row["filename"] or not row["raw"]:
+                    raise ValueError("a row without filename or raw")
                 yield row.get("img_id") or row["filename"], row["filename"], _literal_list(row["raw"])
         except (KeyError, ValueError, SyntaxError) as error:
             raise UserError(f"{path}: expected columns raw (a list of captions), split, filename: {error!r}.") from error

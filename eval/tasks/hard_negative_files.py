@@ -127,7 +127,7 @@ def _box(entry: dict[str, Any], where: str) -> Box:
     values = []
     for key in ("bbox_x", "bbox_y", "bbox_w", "bbox_h"):
         value = entry.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 2**31:
             raise UserError(f"{where}: expected a number of pixels under '{key}', found {str(value)[:40]!r}.")
         values.append(value)
     left, upper, width, height = values

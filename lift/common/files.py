@@ -117,7 +117,10 @@ def _is_running(process: int) -> bool:
 
 
 def check_output_folder(path: Path, marker: str) -> None:
-    """Raises UserError when `path` holds something other than an earlier result, which would have the file `marker`."""
+    """Raises UserError when `path` cannot be made, or holds something other than an earlier result, with the file `marker`."""
+    above = next(parent for parent in path.absolute().parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"{path}: cannot be made: {above} is no folder that can be written to. Choose another --out.")
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / marker).is_file()):
         raise UserError(
             f"{path}: expected a new folder or an earlier result (with {marker}), found other files. Choose another --out."
@@ -146,7 +149,7 @@ def read_json(path: Path, what: str = "file", make_object: Callable[[list[tuple[
     require_file(path, what)
     try:
         return json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=make_object)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"{path}: expected {what} in JSON, but it cannot be read: {error}") from error
 
 
@@ -154,12 +157,16 @@ def read_jsonl(path: Path, what: str = "file") -> list[Any]:
     """Raises UserError when `path` is missing or one of its lines is not JSON."""
     require_file(path, what)
     rows = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected {what} as JSON lines in UTF-8: {error}") from error
     # not splitlines(), which also breaks at characters that JSON leaves as they are inside a string
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
+            except (json.JSONDecodeError, RecursionError) as error:
                 raise UserError(f"{path}:{number}: expected one JSON object a line ({what}): {error}") from error
     return rows
 
@@ -193,7 +200,7 @@ def sha256_file(path: Path) -> str:
 
 
 def sha256_text(text: str) -> str:
-    return sha256_bytes(text.encode("utf-8"))
+    return sha256_bytes(text.encode("utf-8", errors="surrogatepass"))
 
 
 def sha256_bytes(content: bytes) -> str:

@@ -45,7 +45,7 @@ def list_files(path: str, suffix: str, what: str) -> list[str]:
             filesystem.invalidate_cache()  # an earlier listing may be out of date
             found = sorted(filesystem.unstrip_protocol(file) for file in filesystem.glob(f"{inner.rstrip('/')}/*{suffix}"))
     if not found:
-        raise UserError(f"{path}: expected {what} (*{suffix}), found none. Check data.path.")
+        raise UserError(f"{path}: expected {what} (*{suffix}), found none. Check the path.")
     return found
 
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +119,7 @@ def test_every_distinct_image_and_text_is_encoded_once_and_never_again(data: Pat
     assert set(sibling.seen) == {"images"}
 
 
-def test_interrupted_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("eval.features.WRITE_EVERY", 4)
+def test_interrupted_run_goes_on(tmp_path: Path) -> None:
     items = [image_item(solid(tmp_path / f"{i}.png", (20 * i, 0, 99))) for i in range(12)]
 
     class Stops(ToyEncoder):
@@ -140,6 +143,31 @@ def test_damaged_cache_file_is_made_again(data: Path, cache: Path) -> None:
     again = ToyEncoder()
     measure(data, again, out=data / "again")
     assert again.seen["images"] == 3
+
+
+def test_killed_run_loses_what_was_not_yet_written(tmp_path: Path, cache: Path) -> None:
+    """A process that kills itself in the middle, which runs no cleaning up; writing is due after every batch."""
+    script = f"""
+import os, signal
+import eval.features as features
+from toy_encoder import ToyEncoder, solid
+from pathlib import Path
+from eval.images import image_item
+features.WRITE_SECONDS = 0
+class Dies(ToyEncoder):
+    def image_embeddings(self, pixels):
+        if self.seen["images"] == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().image_embeddings(pixels)
+items = [image_item(solid(Path({str(tmp_path)!r}) / f"{{i}}.png", (20 * i, 0, 99))) for i in range(12)]
+features.Features(Dies(), batch_size=2).images(items)
+"""
+    paths = os.pathsep.join([str(Path(__file__).parents[1]), str(Path(__file__).parents[2])])
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": paths})
+    assert done.returncode == -signal.SIGKILL
+    rest = ToyEncoder()
+    Features(rest, batch_size=2).images([image_item(tmp_path / f"{i}.png") for i in range(12)])  # type: ignore[arg-type]
+    assert rest.seen["images"] == 4
 
 
 def test_features_that_are_not_finite_are_an_error(data: Path) -> None:
@@ -189,8 +217,9 @@ def test_default_out_names_the_run() -> None:
         "/": "encoder",
     }
     for encoder, name in names.items():
-        assert default_out(EncoderSettings(encoder=encoder)) == Path("runs/eval") / name
-    assert default_out(EncoderSettings(encoder="a/b", protocol="official")) == Path("runs/eval/a-b-official")
+        assert default_out(EncoderSettings(encoder=encoder)) == Path("runs/eval") / name / "sugarcrepe"
+    settings = EncoderSettings(encoder="a/b", protocol="official", tasks="knn, coco")
+    assert default_out(settings) == Path("runs/eval/a-b-official/knn+coco")
 
 
 class Backwards(ToyEncoder):
@@ -245,6 +274,20 @@ def test_unlike_results_are_refused(data: Path, capsys: Any) -> None:
     measure(data, ToyEncoder("b"), out=data / "other", tasks="retrieval")
     for other, message in (("b", "sugarcrepe was measured on other data"), ("official", "expected one protocol")):
         assert main(["compare", str(data / "a"), str(data / other), "--out", str(data / "c")]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["compare", str(data / "a"), str(data / "nowhere"), "--out", str(data / "c")]) == 2
+    assert "nowhere: expected a folder of lift-eval encoder or lift-eval lmm" in capsys.readouterr().err
+    changed = read_json(data / "b" / "results.json")
+    changed["settings"]["sugarcrepe"]["strength"] = 2
+    (data / "set").mkdir()
+    for name, value in (("set", changed), ("bad", [])):
+        (data / name).mkdir(exist_ok=True)
+        (data / name / "results.json").write_text(json.dumps(value))
+    for other, message in (
+        ("set", "sugarcrepe was measured with strength 2 and None"),
+        ("bad", "expected results of lift-eval"),
+    ):
+        assert main(["compare", str(data / other), str(data / "b"), "--out", str(data / "c")]) == 2
         assert message in capsys.readouterr().err
     (data / "lmm").mkdir()
     assert main(["compare", str(data / "a"), str(data / "lmm"), "--out", str(data / "c")]) == 2

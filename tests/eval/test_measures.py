@@ -50,6 +50,23 @@ def test_items_that_are_right_together_widen_the_interval() -> None:
     assert interval == pytest.approx(proportion_confint(14, 20, method="wilson"))
 
 
+def test_interval_of_few_clusters_is_wide() -> None:
+    """Ten items of one image are one item, a thousand of two images two; subtasks of one item count in a macro mean."""
+    one = [_record("a", str(i), float(i < 5), "same") for i in range(10)]
+    assert measured(records_table("t", one), Measure("a"))["interval"] == pytest.approx(
+        proportion_confint(0.5, 1, method="wilson")
+    )
+    two = [_record("a", str(i), 0.0, str(i % 2)) for i in range(1000)]
+    assert measured(records_table("t", two), Measure("a"))["interval"] == pytest.approx(
+        proportion_confint(0, 2, method="wilson")
+    )
+    mixed = [_record("large", str(i), float(i % 2)) for i in range(1000)]
+    mixed += [_record(f"small {i}", "0", float(i < 4)) for i in range(9)]
+    result = measured(records_table("t", mixed), Measure("m", macro=True))
+    expected = proportion_confint(0.45 / 0.0901, 1 / 0.0901, method="wilson")
+    assert result["value"] == pytest.approx(0.45) and result["interval"] == pytest.approx(expected, abs=0.005)
+
+
 @pytest.mark.parametrize("macro", [False, True])
 def test_interval_covers(macro: bool) -> None:
     """Images of three items each with a difficulty of their own, and two subtasks of unequal size and accuracy."""
