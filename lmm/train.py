@@ -23,10 +23,11 @@ from lift.common.errors import UserError
 from lift.common.files import atomic_folder, read_json, read_jsonl, require_folder, sha256_text, write_json
 from lift.common.ledger import DropLedger
 from lift.common.settings import save_settings, to_plain
+from lmm.batches import Collator
 from lmm.build import DTYPES
 from lmm.checkpoints import newest_complete, remove_incomplete
 from lmm.conversation import ConversationEncoder, load_template
-from lmm.data import Collator, ConversationDataset, Row, check_samples, describe_sources, read_sources
+from lmm.data import ConversationDataset, Row, check_samples, describe_sources, read_sources
 from lmm.distributed import deepspeed_config, release, start_process_group
 from lmm.folders import check_loads, content_hash
 from lmm.processor import set_aspect_ratio

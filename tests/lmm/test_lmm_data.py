@@ -15,10 +15,11 @@ from transformers import AutoProcessor, CLIPImageProcessor, LlavaForConditionalG
 from lift.common.errors import UserError
 from lift.common.ledger import DropLedger
 from lift.common.settings import parse_settings
+from lmm.batches import Collator, EpochSampler
 from lmm.build import build
 from lmm.checkpoints import mark_complete, newest_complete, remove_incomplete
 from lmm.conversation import ConversationEncoder, load_template
-from lmm.data import Collator, ConversationDataset, EpochSampler, check_samples, describe_sources, read_sources
+from lmm.data import ConversationDataset, check_samples, describe_sources, read_sources
 from lmm.processor import set_aspect_ratio
 from lmm.settings import BuildSettings, ConversationSource, FinetuneSettings
 
