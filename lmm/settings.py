@@ -37,12 +37,16 @@ class BuildSettings(LlavaParts):
 
 @dataclass(kw_only=True)
 class ConversationSource:
-    """One file of conversations and the folder its image paths are relative to."""
+    """Conversations, and where the images are that they name."""
 
     annotations: Path
-    """LLaVA JSON (a list) or JSON lines: `id`, `image` (absent for text only), `conversations`."""
+    """LLaVA JSON (a list) or JSON lines: `id`, `image` (absent for text only), `conversations`; or the folder of a Hugging
+    Face `datasets` table with `messages` and `images`: saved to disk, or parquet or arrow files."""
     images: Path | None = None
-    """Folder of the images; may be left out where no row has an image."""
+    """Folder of the images, a tar with them, or a folder of such tars; member names are the rows' image names. May be left
+    out where no row names an image, or a table holds the images themselves."""
+    split: str = "train"
+    """Split of a table; of no account for JSON."""
 
 
 @dataclass(kw_only=True)
@@ -55,8 +59,9 @@ class StageSettings:
     """What learns; the vision tower never does."""
     template: Literal["plain", "chat", "vicuna_v1"] = "plain"
     """How a conversation becomes text: image and caption only, the model's own chat template, or LLaVA-1.5's."""
-    image_aspect_ratio: Literal["pad", "crop"] = "pad"
-    """`pad`: to a square with the mean colour, as in LLaVA; `crop`: shorter side resized, centre crop. Saved in the model."""
+    image_aspect_ratio: Literal["pad", "crop", "resize"] = "pad"
+    """`pad`: to a square with the mean colour, as in LLaVA; `crop`: shorter side resized, centre crop; `resize`: to the
+    square, proportions not kept. Saved in the model."""
     epochs: float = 1.0
     """Passes over the data; ignored when max_steps is set."""
     max_steps: int | None = None
