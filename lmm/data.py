@@ -6,9 +6,9 @@ drop ledger.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -29,6 +29,9 @@ class Row:
     """Unique name for the ledger: file, position and `id` of the row."""
     value: Any
     images_folder: Path | None
+    length: int = 0
+    """Tokens, image tokens included; known once the row was checked, as is `images`."""
+    images: int = 0
 
 
 def read_sources(sources: list[ConversationSource]) -> list[Row]:
@@ -81,8 +84,18 @@ def load_image(path: Path) -> Image.Image:
         raise SampleFault("undecodable image", f"{path}: {error}") from error
 
 
-class _Checks(Dataset[tuple[int, str, str]]):
-    """Per row: number of supervised tokens, and cause and detail of the fault (cause empty when there is none)."""
+class Check(NamedTuple):
+    """Of one row: counts, and cause and detail of the fault (cause empty when there is none)."""
+
+    supervised: int
+    length: int
+    images: int
+    cause: str
+    detail: str
+
+
+class _Checks(Dataset[Check]):
+    """Checks row by row."""
 
     def __init__(self, rows: list[Row], encoder: ConversationEncoder) -> None:
         self.rows, self.encoder = rows, encoder
@@ -90,7 +103,7 @@ class _Checks(Dataset[tuple[int, str, str]]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[int, str, str]:
+    def __getitem__(self, index: int) -> Check:
         row = self.rows[index]
         try:
             conversation = parse_row(row.value, row.images_folder)
@@ -98,8 +111,9 @@ class _Checks(Dataset[tuple[int, str, str]]):
             for path in conversation.images:
                 load_image(path)
         except SampleFault as fault:
-            return 0, fault.cause, fault.detail
-        return sum(label != IGNORED_LABEL for label in tokens.labels), "", ""
+            return Check(0, 0, 0, fault.cause, fault.detail)
+        supervised = sum(label != IGNORED_LABEL for label in tokens.labels)
+        return Check(supervised, len(tokens.labels), len(conversation.images), "", "")
 
 
 def check_samples(
@@ -108,12 +122,12 @@ def check_samples(
     """Encodes every conversation and decodes every image once, shared among the ranks.
 
     Returns:
-        The usable rows in order, and their number of supervised tokens. The others are entered in `ledger`.
+        The usable rows in order with their lengths, and their number of supervised tokens. The others are entered in `ledger`.
     """
     mine = list(range(rank, len(rows), world_size))
     checks = _Checks([rows[index] for index in mine], encoder)
     loader = DataLoader(checks, batch_size=32, num_workers=min(workers, len(mine) // 256), collate_fn=list)
-    found: list[tuple[int, tuple[int, str, str]]] = []
+    found: list[tuple[int, Check]] = []
     with tqdm(total=len(mine), desc="check samples", unit="sample", disable=rank > 0) as progress:
         for results in loader:
             found += zip(mine[len(found) : len(found) + len(results)], results, strict=True)
@@ -123,12 +137,12 @@ def check_samples(
         torch.distributed.all_gather_object(gathered, found)
         found = sorted(item for part in gathered for item in part)
     usable, supervised = [], 0
-    for index, (count, cause, detail) in found:
-        if cause:
-            ledger.drop(rows[index].key, cause, detail)
+    for index, check in found:
+        if check.cause:
+            ledger.drop(rows[index].key, check.cause, check.detail)
         else:
-            usable.append(rows[index])
-            supervised += count
+            usable.append(replace(rows[index], length=check.length, images=check.images))
+            supervised += check.supervised
     return usable, supervised
 
 
