@@ -158,9 +158,13 @@ class ConversationEncoder:
             UserError: the template rewrites earlier turns, so that answers cannot be told from the rest.
         """
         tokens = self.tokens(messages)
+        self.require_length(tokens)
+        return tokens
+
+    def require_length(self, tokens: Tokens) -> None:
+        """Raises SampleFault when it is longer than max_length; nothing is ever cut, least of all inside an image."""
         if len(tokens.input_ids) > self.max_length:
             raise SampleFault("longer than max_length", f"{len(tokens.input_ids)} tokens")
-        return tokens
 
     def tokens(self, messages: list[dict[str, str]]) -> Tokens:
         """As `encode`, however long the conversation is."""

@@ -98,6 +98,8 @@ class StageSettings:
     """Optimizer steps between log lines."""
     max_drop_fraction: float = 0.01
     """The run stops before training when a larger share of the samples cannot be used."""
+    unsupervised: Literal["error", "drop"] = "error"
+    """What a sample without any supervised token is: an error before training, or one more dropped sample."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_accumulation", "max_length", "save_steps", "logging_steps"):

@@ -27,7 +27,7 @@ class TableRows:
     """
 
     def __init__(self, path: Path, split: str) -> None:
-        self.path, self.split, self.name = path, split, path.name
+        self.path, self.split, self.name = path, split, str(path)
         columns = _table(path, split).column_names
         if not any(column in columns for column in COLUMNS):
             raise UserError(
