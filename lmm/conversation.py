@@ -146,6 +146,7 @@ class ConversationEncoder:
         self.template_name = template_name
         self.image_text = image_token * tokens_per_image
         self.image_token = image_token
+        self.image_id = tokenizer.convert_tokens_to_ids(image_token)
         self.max_length = max_length
         probe = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "PROBE"}]
         self.content_as_parts = "PROBE" not in self._apply(probe, add_generation_prompt=False)

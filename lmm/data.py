@@ -41,7 +41,7 @@ class Check(NamedTuple):
 class _Checks(Dataset[Check]):
     """Checks row by row."""
 
-    def __init__(self, rows: Rows, encoder: ConversationEncoder, decode: bool) -> None:
+    def __init__(self, rows: Rows, encoder: ConversationEncoder | None, decode: bool) -> None:
         self.rows, self.encoder, self.decode = rows, encoder, decode
 
     def __len__(self) -> int:
@@ -52,9 +52,10 @@ class _Checks(Dataset[Check]):
         try:
             conversation = parse_row(row.value, row.image_store)
             images = len(conversation.images)
-            tokens = self.encoder.tokens(conversation.messages)
-            length, supervised = len(tokens.input_ids), sum(label != IGNORED_LABEL for label in tokens.labels)
-            self.encoder.require_length(tokens)
+            if self.encoder is not None:
+                tokens = self.encoder.tokens(conversation.messages)
+                length, supervised = len(tokens.input_ids), sum(label != IGNORED_LABEL for label in tokens.labels)
+                self.encoder.require_length(tokens)
             for image in conversation.images if self.decode else []:
                 load_image(image)
         except SampleFault as fault:
@@ -63,11 +64,12 @@ class _Checks(Dataset[Check]):
 
 
 def check_rows(
-    rows: Rows, encoder: ConversationEncoder, workers: int, rank: int = 0, world_size: int = 1, decode: bool = True
+    rows: Rows, encoder: ConversationEncoder | None, workers: int, rank: int = 0, world_size: int = 1, decode: bool = True
 ) -> list[Check]:
     """Encodes every conversation and decodes every image once, shared among the ranks. One Check a row, in order.
 
     Args:
+        encoder: None leaves out what concerns tokens.
         decode: False leaves the images unread.
     """
     mine = list(range(rank, len(rows), world_size))
