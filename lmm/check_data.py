@@ -15,9 +15,9 @@ from lift.common.errors import UserError
 from lift.common.files import write_json
 from lift.common.ledger import DropLedger
 from lmm.data import TOO_LONG, Check, check_rows
-from lmm.recipes import NO_LIMIT, open_choice
+from lmm.recipes import open_choice
 from lmm.rows import Rows, content_digest, image_names
-from lmm.settings import CheckDataSettings
+from lmm.settings import CheckDataSettings, StageSettings
 
 NAMED = 3
 """Faulty samples named on standard output for each cause."""
@@ -31,7 +31,7 @@ def check_data(settings: CheckDataSettings) -> dict[str, Any]:
     Raises:
         UserError: unusable recipe, file or tokenizer; or a larger share of the samples than max_drop_fraction is faulty.
     """
-    choice = open_choice(settings, settings.tokens_per_image, read_images=settings.decode)
+    choice = open_choice(settings, settings.tokens_per_image, settings.decode, StageSettings.max_length)
     checks = check_rows(choice.rows, choice.encoder, settings.workers, decode=settings.decode)
     ledger = DropLedger()
     for number, check in enumerate(checks):
@@ -75,11 +75,11 @@ def _report(rows: Rows, checks: list[Check], ledger: DropLedger, max_length: int
     if len(lengths):
         counts, edges = histogram(lengths)
         report |= {
-            "tokens": int(lengths.sum()),
+            "usable_tokens": sum(check.length for check in usable),
             "supervised_tokens": sum(check.supervised for check in usable),
             "length_percentiles": {str(p): int(np.percentile(lengths, p)) for p in (0, 5, 50, 95, 99, 100)},
             "length_histogram": {"edges": edges, "samples": counts},
-            "max_length": None if max_length == NO_LIMIT else max_length,
+            "max_length": max_length,
             "share_over_max_length": round(sum(check.cause == TOO_LONG for check in checks) / len(checks), 6),
         }
     return report
@@ -110,11 +110,12 @@ def _text(report: dict[str, Any], ledger: DropLedger) -> str:
             if other == cause and named[cause] < NAMED:
                 named[cause] += 1
                 lines.append(f"                     {key!r} {detail!r}")
-    if "tokens" in report:
-        share = report["supervised_tokens"] / max(report["tokens"], 1)
+    if "usable_tokens" in report:
+        share, limit = report["supervised_tokens"] / max(report["usable_tokens"], 1), report["max_length"]
         lines += [
-            f"tokens             {report['tokens']}, of them supervised in usable samples {report['supervised_tokens']} ({share:.1%})",
-            f"over max_length    {report['share_over_max_length']:.2%} of the samples (max_length {report['max_length'] or 'not set'})",
+            f"tokens             {report['usable_tokens']} in usable samples",
+            f"supervised tokens  {report['supervised_tokens']} ({share:.1%})",
+            f"over max_length    {report['share_over_max_length']:.2%} of the samples (max_length {limit})",
             "length percentiles " + ", ".join(f"{p}%: {value}" for p, value in report["length_percentiles"].items()),
         ]
         counts, edges = report["length_histogram"]["samples"], report["length_histogram"]["edges"]

@@ -187,6 +187,9 @@ class ConversationEncoder:
     def render(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
         """Text with images expanded to their tokens, and the character spans [start, stop) of the supervised parts."""
         text = self._expanded(messages)
+        markers = sum(message["content"].count(IMAGE_MARKER) for message in messages)
+        if text.count(self.image_token) * len(self.image_token) != markers * len(self.image_text):
+            raise SampleFault("image tokens", f"{markers} images, other numbers of {self.image_token} in the rendered text")
         spans = []
         for number, message in enumerate(messages):
             if message["role"] == "assistant":

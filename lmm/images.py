@@ -12,7 +12,7 @@ import tarfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 import numpy as np
 from PIL import Image
@@ -132,7 +132,8 @@ def _tar_images(tars: tuple[tuple[Path, int], ...]) -> TarImages:
 def _members(tar: Path) -> list[tuple[str, tuple[int, int]]]:
     members, end = [], 0
     try:
-        with tar.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
+        with tar.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as opened:
+            archive: Any = opened
             for member in archive:
                 end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if member.isfile():
@@ -153,7 +154,8 @@ def _plain(name: str) -> str:
 
 
 def _digest(name: str) -> bytes:
-    return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=16).digest()
+    # numpy takes zero bytes at the end of a string for its padding
+    return hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=15).digest() + b"\x01"
 
 
 def image_size_in_bytes(image: ImageReference) -> int:

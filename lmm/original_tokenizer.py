@@ -153,7 +153,9 @@ class PiecewiseEncoder(ConversationEncoder):
         return input_ids, offsets
 
     def _piece(self, piece: str) -> tuple[list[int], list[tuple[int, int]]]:
-        added = int(self.space_first and bool(piece) and not piece.startswith(tuple(self.tokenizer.all_special_tokens)))
+        if not piece:
+            return [], []
+        added = int(self.space_first and not piece.startswith(tuple(self.tokenizer.all_special_tokens)))
         encoding = self.tokenizer(
             " " * added + piece,
             add_special_tokens=False,

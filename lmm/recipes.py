@@ -35,10 +35,11 @@ class Choice:
     """That of the recipe."""
 
 
-def open_choice(choice: DataChoice, tokens_per_image: int | None, read_images: bool) -> Choice:
+def open_choice(choice: DataChoice, tokens_per_image: int | None, read_images: bool, max_length: int = NO_LIMIT) -> Choice:
     """Raises UserError for an unusable recipe, model, tokenizer or source.
 
     Args:
+        max_length: of a file for which none is given.
         tokens_per_image: None for those of the model, or 576 as in LLaVA-1.5; a recipe's model decides for itself.
         read_images: False when the images need not be there.
     """
@@ -51,7 +52,7 @@ def open_choice(choice: DataChoice, tokens_per_image: int | None, read_images: b
     if not read_images and choice.images is None:
         store: ImageStore = NamedImages()
         rows = Rows([(file, store) for file, _ in rows.parts])
-    limit = NO_LIMIT if choice.max_length is None else choice.max_length
+    limit = max_length if choice.max_length is None else choice.max_length
     if choice.tokenizer is None:
         return Choice(rows, None, limit, None)
     tokens_per_image = tokens_per_image or _tokens_per_image(choice.tokenizer)
@@ -108,9 +109,9 @@ def _of_recipe(choice: DataChoice) -> tuple[StageSettings, ConversationEncoder]:
         processor, llava = load_processor(settings.model)
         return settings, make_encoder(processor, llava, settings, settings.model)
     processor, llava = _future_processor(settings)
-    stage: StageSettings | None = settings.stage1 if choice.stage == "stage1" or settings.stage2 is None else settings.stage2
     if settings.stage2 is None and choice.stage == "stage2":
         raise UserError(f"{choice.recipe}: has no stage2. Leave out --stage.")
+    stage = settings.stage1 if choice.stage == "stage1" or settings.stage2 is None else settings.stage2
     return stage, make_encoder(processor, llava, stage, settings.llm)
 
 
@@ -137,6 +138,6 @@ def _future_processor(settings: FinetuneSettings) -> tuple[Any, LlavaConfig]:
     ensure_pad_token(tokenizer)
     add_image_token(tokenizer, len(tokenizer))
     require_file(settings.vision_tower / "config.json", "a vision tower's config.json")
-    vision = CLIPVisionConfig.from_pretrained(settings.vision_tower)
+    vision: Any = CLIPVisionConfig.from_pretrained(settings.vision_tower)
     processor = make_processor(settings.vision_tower, tokenizer, template, vision.patch_size, vision.image_size)
     return processor, LlavaConfig(vision_config=vision)

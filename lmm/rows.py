@@ -59,6 +59,7 @@ class JsonRows:
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, str(path)
         require_file(path, WHAT)
+        self.stamp = _stamp(path)
         content = path.read_bytes()
         _require_utf8(content, path)
         find = _line_spans if path.suffix == ".jsonl" else _element_spans
@@ -71,7 +72,7 @@ class JsonRows:
 
     def __getitem__(self, number: int) -> Any:
         start, stop = self.spans[number]
-        return json.loads(_mapped(self.path, os.getpid())[start:stop])
+        return json.loads(_mapped(self.path, self.stamp, os.getpid())[start:stop])
 
 
 def _require_utf8(content: bytes, path: Path) -> None:
@@ -120,7 +121,8 @@ def _element_spans(content: bytes, path: Path) -> Iterator[tuple[int, int]]:
         except ValueError as error:
             raise fault(str(error), position) from error
         raise UserError(
-            f"{path}: expected a non-empty list of conversations, found {_kind(value)}. One object a line needs the suffix .jsonl."
+            f"{path}: expected a non-empty list of conversations, found {_kind(value)}. Write a JSON list, or "
+            "one object a line in a file that ends with .jsonl."
         )
     position = skip(position + 1)
     if text[position : position + 1] == "]":
@@ -143,13 +145,22 @@ def _element_spans(content: bytes, path: Path) -> Iterator[tuple[int, int]]:
 
 
 def _kind(value: Any) -> str:
-    return {dict: "an object", str: "a string"}.get(type(value), f"a {type(value).__name__}")
+    return "an object" if isinstance(value, dict) else f"a {type(value).__name__}"
 
 
 @lru_cache(maxsize=64)
-def _mapped(path: Path, process: int) -> mmap.mmap:
+def _mapped(path: Path, stamp: tuple[int, int], process: int) -> mmap.mmap:
+    """Raises UserError when the file is no longer the one whose rows were found."""
+    if not path.is_file() or _stamp(path) != stamp:
+        raise UserError(f"{path}: the file has changed since this command began. Start it again.")
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size and time of change, which tell a new file from the old."""
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 class Rows(Sequence[Row]):
@@ -205,13 +216,12 @@ def _open_rows(source: ConversationSource) -> RowFile:
     if source.annotations.is_dir():
         return TableRows(source.annotations, source.split)
     require_file(source.annotations, WHAT)
-    stat = source.annotations.stat()
-    return _open_json(source.annotations, stat.st_size, stat.st_mtime_ns)
+    return _open_json(source.annotations, _stamp(source.annotations))
 
 
 @lru_cache(maxsize=32)
-def _open_json(path: Path, size: int, changed: int) -> JsonRows:
-    """Kept, because a command looks at its sources several times; size and time of change tell a new file from the old."""
+def _open_json(path: Path, stamp: tuple[int, int]) -> JsonRows:
+    """Kept, because a command looks at its sources several times."""
     return JsonRows(path)
 
 
