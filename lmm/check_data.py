@@ -42,7 +42,7 @@ def check_data(settings: CheckDataSettings) -> dict[str, Any]:
     if settings.out is not None:
         write_json(settings.out / "report.json", report)
         ledger.write(settings.out / "dropped.jsonl")
-    limit = settings.max_drop_fraction if choice.max_drop_fraction is None else choice.max_drop_fraction
+    limit = choice.max_drop_fraction if settings.max_drop_fraction is None else settings.max_drop_fraction
     if len(ledger) > limit * len(checks):
         where = f"{settings.out / 'dropped.jsonl'} lists them" if settings.out else "--out FOLDER lists all of them"
         raise UserError(

@@ -31,8 +31,8 @@ class Choice:
     encoder: ConversationEncoder | None
     """None when no tokenizer is known."""
     max_length: int
-    max_drop_fraction: float | None
-    """That of the recipe."""
+    max_drop_fraction: float
+    """Share of unusable samples from which on training would refuse to start."""
 
 
 def open_choice(choice: DataChoice, tokens_per_image: int | None, read_images: bool, max_length: int = NO_LIMIT) -> Choice:
@@ -54,9 +54,14 @@ def open_choice(choice: DataChoice, tokens_per_image: int | None, read_images: b
         rows = Rows([(file, store) for file, _ in rows.parts])
     limit = max_length if choice.max_length is None else choice.max_length
     if choice.tokenizer is None:
-        return Choice(rows, None, limit, None)
+        return Choice(rows, None, limit, StageSettings.max_drop_fraction)
     tokens_per_image = tokens_per_image or _tokens_per_image(choice.tokenizer)
-    return Choice(rows, encoder_of_folder(choice.tokenizer, choice.template, tokens_per_image, limit), limit, None)
+    return Choice(
+        rows,
+        encoder_of_folder(choice.tokenizer, choice.template, tokens_per_image, limit),
+        limit,
+        StageSettings.max_drop_fraction,
+    )
 
 
 def encoder_of_folder(folder: Path, template: str, tokens_per_image: int, max_length: int) -> ConversationEncoder:

@@ -220,14 +220,14 @@ class CheckDataSettings(DataChoice):
     """Decodes every image to its end; `false` only looks at the conversations."""
     workers: int = 2
     """Processes that read and decode."""
-    max_drop_fraction: float = 0.01
-    """The exit status is 2 when a larger share of the samples cannot be used."""
+    max_drop_fraction: float | None = None
+    """The exit status is 2 when a larger share of the samples cannot be used; the recipe's, else 0.01, when left out."""
     out: Path | None = None
     """Folder for `report.json` and `dropped.jsonl`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.max_drop_fraction <= 1:
+        if self.max_drop_fraction is not None and not 0 <= self.max_drop_fraction <= 1:
             raise ValueError(f"max_drop_fraction: expected a share between 0 and 1, found {self.max_drop_fraction}")
         if self.tokens_per_image is not None and self.tokens_per_image < 1:
             raise ValueError(f"tokens_per_image: expected at least 1, found {self.tokens_per_image}")

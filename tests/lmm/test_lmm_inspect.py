@@ -197,13 +197,14 @@ def test_check_data_with_a_recipe_takes_its_limits_and_agrees_with_training(
 ) -> None:
     recipe = tmp_path / "recipe.yaml"
     source = {"annotations": str(faulty / "rows.json"), "images": str(faulty / "images")}
-    values = {"model": str(model), "data": [source], "template": "chat", "max_length": 40, "max_drop_fraction": 0.99}
+    values = {"model": str(model), "data": [source], "template": "chat", "max_length": 70, "max_drop_fraction": 0.2}
     recipe.write_text(json.dumps(values))
     status, _, _ = run(capsys, "check-data", "--config", recipe, "--out", tmp_path / "report")
     report = json.loads((tmp_path / "report" / "report.json").read_text())
     assert status == 0
-    assert report["max_length"] == 40
-    assert report["length_percentiles"]["100"] == 1 + len("USER: Which colour? ASSISTANT: ") + 2500 + 1
+    assert run(capsys, "check-data", "--config", recipe, "--max_drop_fraction", "0.1")[0] == 2
+    assert report["max_length"] == 70
+    assert report["length_percentiles"]["100"] == len("USER: Which colour? ASSISTANT: ") + 2500 + 1
     choice = open_choice(CheckDataSettings(recipe=recipe), None, True)
     assert choice.encoder is not None
     ledger = DropLedger()
