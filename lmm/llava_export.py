@@ -58,10 +58,9 @@ def export_llava(settings: ExportSettings) -> Path:
             _write_projector(folder, source, projector_kind(config, source))
             original["tune_mm_mlp_adapter"] = True
         else:
-            dtype = _write_weights(folder, source, original["mm_projector_type"])
-            original["torch_dtype"] = str(dtype).removeprefix("torch.")
+            original["torch_dtype"], tower_dtype = _write_weights(folder, source, original["mm_projector_type"])
             _write_tokenizer(folder, source, processor.tokenizer, max_length)
-            _write_tower_description(folder / TOWER_FOLDER, config, processor.image_processor)
+            _write_tower_description(folder / TOWER_FOLDER, config, processor.image_processor, tower_dtype)
             ids = {name: original[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
             write_json(folder / "generation_config.json", ids)
         write_json(folder / "config.json", dict(sorted(original.items())))
@@ -93,8 +92,8 @@ def _write_projector(folder: Path, source: Path, kind: str) -> None:
     torch.save({key: value.clone() for key, value in projector.items()}, folder / PROJECTOR_FILE)
 
 
-def _write_weights(folder: Path, source: Path, kind: str) -> torch.dtype:
-    """The checkpoint's shards and the vision tower's own folder. Returns the format of the language model's weights."""
+def _write_weights(folder: Path, source: Path, kind: str) -> tuple[str, str]:
+    """The checkpoint's shards and the vision tower's own folder. Returns the dtypes of language model and vision tower."""
     projector = _projector(source)
     writer = ShardWriter(folder)
     tower: Tensors = {}
@@ -117,10 +116,11 @@ def _write_weights(folder: Path, source: Path, kind: str) -> torch.dtype:
     writer.close()
     (folder / TOWER_FOLDER).mkdir()
     save_file(tower, folder / TOWER_FOLDER / SAFETENSORS, metadata={"format": "pt"})
-    return writer.dtypes["model.embed_tokens.weight"]
+    dtypes = (writer.dtypes["model.embed_tokens.weight"], next(iter(tower.values())).dtype)
+    return str(dtypes[0]).removeprefix("torch."), str(dtypes[1]).removeprefix("torch.")
 
 
-def _write_tower_description(folder: Path, config: LlavaConfig, image_processor: Any) -> None:
+def _write_tower_description(folder: Path, config: LlavaConfig, image_processor: Any, dtype: str) -> None:
     """The tower's config.json and preprocessor_config.json with the keys that transformers 4.37 reads."""
     vision: Any = config.vision_config
     keys = (
@@ -128,8 +128,8 @@ def _write_tower_description(folder: Path, config: LlavaConfig, image_processor:
         "intermediate_size", "layer_norm_eps", "num_attention_heads", "num_channels", "num_hidden_layers", "patch_size",
         "projection_dim",
     )  # fmt: skip
-    described = {key: getattr(vision, key) for key in keys}
-    write_json(folder / "config.json", {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", **described})
+    described = {"architectures": ["CLIPVisionModel"], "model_type": "clip_vision_model", "torch_dtype": dtype}
+    write_json(folder / "config.json", described | {key: getattr(vision, key) for key in keys})
     values = json.loads(image_processor.to_json_string())
     names = (
         "crop_size", "do_center_crop", "do_convert_rgb", "do_normalize", "do_rescale", "do_resize", "image_mean", "image_std",
