@@ -106,7 +106,7 @@ def find_tower(given: Path | None, named: Any, source: Path) -> Path:
     if given is not None:
         require_file(given / "config.json", "a vision tower's config.json")
         return given
-    places = [source / str(named), Path(str(named)), source / Path(str(named)).name, source / "vision_tower"] if named else []
+    places = [source / str(named), Path(str(named)), source / Path(str(named)).name] if named else []
     for place in places:
         if (place / "config.json").is_file() and weight_files(place):
             return place

@@ -13,12 +13,14 @@ fail() { echo "error: $*" >&2; exit 2; }
 environment=${ORIGINAL_LLAVA_ENV:-.venv-original}
 packages=(
     torch==2.2.2 torchvision==0.17.2 transformers==4.37.2 tokenizers==0.15.1 "numpy<2" sentencepiece==0.1.99 accelerate==0.21.0
-    "protobuf<5" einops==0.6.1 einops-exts==0.0.4 timm==0.6.13 requests "pillow<11" "setuptools<70"
+    "protobuf<5" einops==0.6.1 einops-exts==0.0.4 timm==0.6.13 requests "pillow<11" "setuptools<70" wheel
 )
+# Its training saves the projector through DeepSpeed's functions, also where DeepSpeed is not used; built from source.
+after=("deepspeed==0.12.6" "pydantic<2.6")
 original=llava-torch==1.2.2.post1
 stamp=$environment/installed.txt
 
-if [ "$(cat "$stamp" 2>/dev/null)" != "${packages[*]} $original" ]; then
+if [ "$(cat "$stamp" 2>/dev/null)" != "${packages[*]} ${after[*]} $original" ]; then
     python=""
     for candidate in "${PYTHON:-}" python3.11 python3.10 python3; do
         [ -n "$candidate" ] && "$candidate" -c 'import sys; sys.exit(not (3, 8) <= sys.version_info[:2] <= (3, 11))' 2>/dev/null \
@@ -33,9 +35,10 @@ if [ "$(cat "$stamp" 2>/dev/null)" != "${packages[*]} $original" ]; then
     [ -x "$environment/bin/python" ] || "$python" -m venv "$environment"
     install=("$environment/bin/python" -m pip install --quiet --disable-pip-version-check)
     # Without its dependencies: those it pins are of another transformers than LLaVA-1.5's own repository, and of servers.
-    "${install[@]}" "${packages[@]}" && "${install[@]}" --no-deps "$original" \
+    "${install[@]}" "${packages[@]}" && DS_BUILD_OPS=0 "${install[@]}" --no-build-isolation "${after[@]}" \
+        && "${install[@]}" --no-deps "$original" \
         || fail "pip could not install the original's packages; its message is above. Mend the cause and run the same command again."
-    echo "${packages[*]} $original" >"$stamp"
+    echo "${packages[*]} ${after[*]} $original" >"$stamp"
 fi
 ours=${OURS:-.venv/bin/python}
 [ -n "${OURS:-}" ] || bash scripts/setup.sh

@@ -150,3 +150,184 @@ def test_tokenizer_equals_sentencepiece_on_any_text(shared: Path) -> None:
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert ids == reference.encode(text), text
         assert tokenizer.decode(ids) == reference.decode(ids), text
+
+
+def as_original(built: Path, folder: Path) -> Path:
+    """A checkpoint of the original made from `built`, with its vision tower beside it and a name that is relative."""
+    return export_llava(ExportSettings(built, out=folder / "original", mm_vision_tower="vision_tower"))
+
+
+def changed(source: Path, target: Path, **config: Any) -> Path:
+    """A copy of a checkpoint with other values in its config.json; None removes the key."""
+    shutil.copytree(source, target)
+    values = json.loads((target / "config.json").read_text()) | config
+    (target / "config.json").write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    return target
+
+
+def test_round_trip_without_the_original(built: Path, tmp_path: Path) -> None:
+    """Sharded pickles instead of one safetensors file make no difference; logits and processor stay the same."""
+    out = as_original(built, tmp_path)
+    tensors = weights(out)
+    assert "model.mm_projector.2.bias" in tensors and "model.vision_tower.vision_tower.vision_model.post_layernorm.bias" in tensors
+    assert all(key.startswith("vision_model.") for key in weights(out / "vision_tower"))
+    load_tower(out / "vision_tower")
+    keys = sorted(tensors)
+    shards = {"pytorch_model-00001-of-00002.bin": keys[::2], "pytorch_model-00002-of-00002.bin": keys[1::2]}
+    for name, part in shards.items():
+        torch.save({key: tensors[key] for key in part}, out / name)
+    index = {"weight_map": {key: name for name, part in shards.items() for key in part}}
+    (out / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    for file in out.glob("model*.safetensors*"):
+        file.unlink()
+    back = import_llava(ImportSettings(out, out=tmp_path / "back"))
+    models = [LlavaForConditionalGeneration.from_pretrained(folder) for folder in (built, back)]
+    processors = [AutoProcessor.from_pretrained(folder) for folder in (built, back)]
+    states = [model.state_dict() for model in models]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    image = Image.new("RGB", (50, 40), (200, 0, 0))
+    inputs = [processor(text="USER: <image>\nWhich?", images=image, return_tensors="pt") for processor in processors]
+    assert torch.equal(inputs[0]["input_ids"], inputs[1]["input_ids"])
+    with torch.no_grad():
+        logits = [model(**own).logits for model, own in zip(models, inputs, strict=True)]
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_linear_projector_and_an_unfrozen_tower(trained: bool, built: Path, tmp_path: Path) -> None:
+    out = as_original(built, tmp_path)
+    changed(out, tmp_path / "linear", mm_projector_type="linear", unfreeze_mm_vision_tower=trained or None)
+    tensors = {key: value for key, value in weights(out).items() if "mm_projector" not in key}
+    generator = torch.Generator().manual_seed(0)
+    tensors["model.mm_projector.weight"] = torch.randn(32, 16, generator=generator)
+    tensors["model.mm_projector.bias"] = torch.randn(32, generator=generator)
+    tower_key = "vision_model.post_layernorm.bias"
+    tensors["model.vision_tower.vision_tower." + tower_key] += 1.0
+    save_file(tensors, tmp_path / "linear" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "linear" / "model.safetensors.index.json").unlink(missing_ok=True)
+    imported = import_llava(ImportSettings(tmp_path / "linear", out=tmp_path / "imported"))
+    model = LlavaForConditionalGeneration.from_pretrained(imported)
+    features = torch.randn(3, 16, generator=generator)
+    expected = features @ tensors["model.mm_projector.weight"].T + tensors["model.mm_projector.bias"]
+    with torch.no_grad():
+        assert torch.allclose(model.model.multi_modal_projector(features), expected, atol=1e-5)
+    # the original's loader takes the folder's tower, unless the checkpoint's own was trained
+    own = tensors["model.vision_tower.vision_tower." + tower_key] - (0.0 if trained else 1.0)
+    assert torch.equal(weights(imported)["vision_tower.post_layernorm.bias"], own)
+    assert ("different weights" in json.loads((imported / "import.json").read_text())["notes"][-1])
+    again = export_llava(ExportSettings(imported, out=tmp_path / "again"))
+    assert json.loads((again / "config.json").read_text())["mm_projector_type"] == "linear"
+    for part in ("weight", "bias"):
+        assert torch.equal(weights(again)[f"model.mm_projector.{part}"], tensors[f"model.mm_projector.{part}"])
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"mm_projector_type": "mlp3x_gelu"}, "mm_projector_type: expected 'mlp2x_gelu', 'linear', found 'mlp3x_gelu'"),
+        ({"mm_projector_type": "linear"}, "of a projector of type linear, found"),
+        ({"model_type": "llava_mpt"}, "model_type: expected 'llava_llama', 'llava', found 'llava_mpt'"),
+        ({"mm_vision_tower": "somewhere/clip-large"}, "'somewhere/clip-large' is not at hand.*--vision_tower DIR"),
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio.*'anyres'"),
+        ({"mm_use_im_start_end": True}, "mm_use_im_start_end.*True"),
+        ({"mm_vision_select_layer": None}, "mm_vision_select_layer: expected a whole number"),
+        ({"hidden_size": 48}, "expected shape"),
+        ({"num_hidden_layers": 3}, r"layers\.2\..*no such weight"),
+    ],
+)
+def test_other_checkpoints_are_refused(config: dict[str, Any], message: str, built: Path, tmp_path: Path) -> None:
+    source = changed(as_original(built, tmp_path), tmp_path / "changed", **config)
+    with pytest.raises(UserError, match=message):
+        import_llava(ImportSettings(source, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+class RunsCode:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (exec, ("raise SystemExit('code of the checkpoint ran')",))
+
+
+def _without_projector(folder: Path) -> None:
+    kept = {key: value for key, value in weights(folder).items() if "mm_projector.2" not in key}
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _with_code(folder: Path) -> None:
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"lm_head.weight": RunsCode()}))
+
+
+def _without_a_shard(folder: Path) -> None:
+    next(folder.glob("model-*.safetensors")).unlink()
+
+
+def _cut_off(folder: Path) -> None:
+    file = next(folder.glob("model-*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def _without_weights(folder: Path) -> None:
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+
+
+def _with_a_broken_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.model").write_bytes(b"not a SentencePiece model")
+
+
+def _without_tokenizer(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+
+
+def _without_tower_weights(folder: Path) -> None:
+    (folder / "vision_tower" / "model.safetensors").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_without_projector, "found 0.bias, 0.weight"),
+        (_with_code, "would run code"),
+        (_without_a_shard, "the shard that"),
+        (_cut_off, "perhaps cut off"),
+        (_without_weights, "model.safetensors or pytorch_model.bin"),
+        (_with_a_broken_tokenizer, "tokenizer.model: expected a SentencePiece model"),
+        (_without_tokenizer, "tokenizer.model or tokenizer.json, found neither"),
+        (_without_tower_weights, "vision tower"),
+        (lambda folder: (folder / "config.json").unlink(), "config.json"),
+    ],
+)
+def test_damaged_checkpoints_are_refused(damage: Any, message: str, built: Path, tmp_path: Path) -> None:
+    source = as_original(built, tmp_path)
+    damage(source)
+    with pytest.raises(UserError, match=message):
+        import_llava(ImportSettings(source, out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_folders_and_projectors_are_refused(built: Path, tower: Path, llm: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="one of transformers already"):
+        import_llava(ImportSettings(built, out=tmp_path / "out"))
+    with pytest.raises(UserError, match="found nothing"):
+        import_llava(ImportSettings(tmp_path / "none", out=tmp_path / "out"))
+    with pytest.raises(UserError, match="expected a LLaVA folder with weights"):
+        export_llava(ExportSettings(llm, out=tmp_path / "out"))
+    with pytest.raises(UserError, match="exists already"):
+        export_llava(ExportSettings(built, out=tower))
+    projector = export_llava(ExportSettings(built, out=tmp_path / "projector", part="projector"))
+    with pytest.raises(UserError, match="--model_base DIR"):
+        import_llava(ImportSettings(projector, out=tmp_path / "out"))
+    other = torch.load(projector / "mm_projector.bin", weights_only=True)
+    other["model.mm_projector.0.weight"] = torch.zeros(32, 24)
+    torch.save(other, tmp_path / "other.bin")
+    with pytest.raises(UserError, match=r"expected shape \[32, 16\].*found \[32, 24\]"):
+        import_llava(ImportSettings(tmp_path / "other.bin", out=tmp_path / "out", model_base=built))
+    assert not (tmp_path / "out").exists()
+    for key, value in (("projector_hidden_act", "gelu_pytorch_tanh"), ("vision_feature_layer", [-2, -5])):
+        folder = changed(built, tmp_path / key, **{key: value})
+        with pytest.raises(UserError, match=key):
+            export_llava(ExportSettings(folder, out=tmp_path / "out"))
