@@ -6,7 +6,15 @@ import sys
 
 from lift.common.cli import Command, run_command
 from lmm.quiet import quiet
-from lmm.settings import BuildSettings, CheckDataSettings, FinetuneSettings, InspectMaskSettings, TrainSettings
+from lmm.settings import (
+    BuildSettings,
+    CheckDataSettings,
+    ExportSettings,
+    FinetuneSettings,
+    ImportSettings,
+    InspectMaskSettings,
+    TrainSettings,
+)
 
 COMMANDS = {
     "build": Command(BuildSettings, "lmm.build:build"),
@@ -14,6 +22,8 @@ COMMANDS = {
     "finetune": Command(FinetuneSettings, "lmm.finetune:finetune"),
     "check-data": Command(CheckDataSettings, "lmm.check_data:check_data"),
     "inspect-mask": Command(InspectMaskSettings, "lmm.inspect_mask:inspect_mask"),
+    "export": Command(ExportSettings, "lmm.llava_export:export_llava", positional=True),
+    "import": Command(ImportSettings, "lmm.llava_import:import_llava", positional=True),
 }
 
 
