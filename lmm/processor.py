@@ -8,21 +8,46 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, CLIPImageProcessor, LlavaImageProcessor, LlavaProcessor
+from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaImageProcessorPil, LlavaProcessor
 
 from lift.common.errors import UserError
-from lift.common.files import require_file
+from lift.common.files import read_json, require_file
 from lmm.conversation import IMAGE_MARKER, load_template
+from lmm.sentencepiece_model import llama_tokenizer, read_pieces
 
 
 def load_tokenizer(llm: Path) -> Any:
-    """Raises UserError when the folder has no tokenizer, or one without character offsets."""
+    """Raises UserError when the folder has no tokenizer, or one without character offsets.
+
+    A folder with `tokenizer.model` alone, as Vicuna's, is read here: transformers' own way needs a protobuf that this stack's
+    other packages do not allow.
+    """
+    if (llm / "tokenizer.model").is_file() and not (llm / "tokenizer.json").is_file():
+        return _llama_tokenizer(llm)
     try:
         tokenizer = AutoTokenizer.from_pretrained(llm, padding_side="left")  # batched generation pads on the left
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{llm}: expected a tokenizer that transformers can load: {_first_line(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{llm}: expected a fast tokenizer (tokenizer.json), found a slow one. Convert it with transformers.")
+    return tokenizer
+
+
+def _llama_tokenizer(llm: Path) -> Any:
+    """With `<image>` in the place of a byte that no text contains, so that the embedding matrix keeps its rows."""
+    options = read_json(llm / "tokenizer_config.json") if (llm / "tokenizer_config.json").is_file() else {}
+    config = read_json(llm / "config.json") if (llm / "config.json").is_file() else {}
+    first = len(read_pieces(llm / "tokenizer.model"))
+    listed = {int(number): entry["content"] for number, entry in options.get("added_tokens_decoder", {}).items()}
+    if (llm / "added_tokens.json").is_file():
+        listed |= {number: token for token, number in read_json(llm / "added_tokens.json").items()}
+    added = [token for number, token in sorted(listed.items()) if number >= first]
+    rows = config.get("vocab_size", first + len(added))
+    legacy = options.get("legacy") is not False
+    tokenizer = llama_tokenizer(llm / "tokenizer.model", legacy, IMAGE_MARKER, rows, added)
+    tokenizer.padding_side = "left"  # batched generation pads on the left
+    if isinstance(options.get("chat_template"), str):
+        tokenizer.chat_template = options["chat_template"]
     return tokenizer
 
 
@@ -102,7 +127,7 @@ def make_processor(tower: Path, tokenizer: Any, template: str, patch_size: int, 
     """Raises UserError when the tower's preprocessing does not give images of the tower's size."""
     require_file(tower / "preprocessor_config.json", "the vision tower's image preprocessing")
     try:
-        image_processor = CLIPImageProcessor.from_pretrained(tower)
+        image_processor = CLIPImageProcessorPil.from_pretrained(tower)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{tower}/preprocessor_config.json: cannot be read: {_first_line(error)}") from error
     crop = image_processor.crop_size
@@ -124,11 +149,23 @@ def make_processor(tower: Path, tokenizer: Any, template: str, patch_size: int, 
 
 
 def set_aspect_ratio(processor: Any, image_aspect_ratio: str) -> None:
-    """Records in the processor whether images are first padded to a square with int(255 * mean), as LLaVA-1.5 does."""
+    """Records in the processor how images become square.
+
+    Args:
+        image_aspect_ratio: `pad` to a square with int(255 * mean), as LLaVA-1.5 does; `crop` the middle after resizing the
+            shorter side; `resize` both sides, proportions not kept.
+
+    Resizing is PIL's: pixel for pixel that of the original LLaVA. The torchvision backend, which transformers prefers when it
+    loads the saved folder, is up to one grey level off; `backend="pil"` asks for this one.
+    """
     values = processor.image_processor.to_dict()
     for key in ("image_processor_type", "processor_class", "do_pad"):
         values.pop(key, None)
-    processor.image_processor = LlavaImageProcessor(**values, do_pad=image_aspect_ratio == "pad")
+    height, width = values["crop_size"]["height"], values["crop_size"]["width"]
+    resize = image_aspect_ratio == "resize"
+    values["size"] = {"height": height, "width": width} if resize else {"shortest_edge": min(height, width)}
+    values["do_center_crop"] = not resize
+    processor.image_processor = LlavaImageProcessorPil(**values, do_pad=image_aspect_ratio == "pad")
 
 
 def _first_line(error: Exception) -> str:

@@ -23,10 +23,11 @@ from lift.common.errors import UserError
 from lift.common.files import atomic_folder, read_json, read_jsonl, require_folder, sha256_text, write_json
 from lift.common.ledger import DropLedger
 from lift.common.settings import save_settings, to_plain
+from lmm.batches import Collator
 from lmm.build import DTYPES
 from lmm.checkpoints import newest_complete, remove_incomplete
 from lmm.conversation import ConversationEncoder, load_template
-from lmm.data import Collator, ConversationDataset, Row, check_samples, describe_sources, read_sources
+from lmm.data import ConversationDataset, Rows, check_samples, describe_sources, read_sources
 from lmm.distributed import deepspeed_config, release, start_process_group
 from lmm.folders import check_loads, content_hash
 from lmm.processor import set_aspect_ratio
@@ -96,7 +97,9 @@ class _Stage:
         self.encoder = make_encoder(self.processor, llava, settings, model)
         self.ledger = DropLedger()
         rows = read_sources(settings.data)
-        self.rows, self.supervised_tokens = check_samples(rows, self.encoder, self.ledger, settings.workers, rank, world_size)
+        self.rows, self.supervised_tokens = check_samples(
+            rows, self.encoder, self.ledger, settings.workers, rank, world_size, settings.unsupervised == "drop"
+        )
         self._report(rows)
         arguments = training_arguments(settings, work, config)
         self.model = load_llava(model, settings.precision)
@@ -112,7 +115,7 @@ class _Stage:
             ),
         )
 
-    def _report(self, rows: list[Row]) -> None:
+    def _report(self, rows: Rows) -> None:
         if self.rank == 0:
             print(f"{self.ledger.summary(len(rows))}; {self.supervised_tokens} supervised tokens")
             self.ledger.check(len(rows), self.settings.max_drop_fraction, self.work / "dropped.jsonl")
@@ -130,7 +133,7 @@ def tokens_per_image(llava: LlavaConfig) -> int:
 def load_processor(model: Path) -> tuple[Any, LlavaConfig]:
     """Raises UserError when `model` is not a LLaVA folder with the class token dropped, as all of LLaVA-1.5's are."""
     try:
-        processor = AutoProcessor.from_pretrained(model)
+        processor = AutoProcessor.from_pretrained(model, backend="pil")
         llava = LlavaConfig.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{model}: expected a LLaVA folder, as `lmm build` writes it: {str(error).splitlines()[0]}") from error

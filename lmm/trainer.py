@@ -14,8 +14,8 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lift.common.files import read_whole_rows, write_jsonl
+from lmm.batches import EpochSampler
 from lmm.checkpoints import mark_complete
-from lmm.data import EpochSampler
 from lmm.settings import StageSettings
 
 PROJECTOR = "multi_modal_projector."
