@@ -6,11 +6,12 @@ import sys
 
 from lift.common.cli import Command, run_command
 from lmm.quiet import quiet
-from lmm.settings import BuildSettings, FinetuneSettings, TrainSettings
+from lmm.settings import BuildSettings, FinetuneSettings, MergeSettings, TrainSettings
 
 COMMANDS = {
     "build": Command(BuildSettings, "lmm.build:build"),
     "train": Command(TrainSettings, "lmm.train:train"),
+    "merge": Command(MergeSettings, "lmm.merge:merge", positional=True),
     "finetune": Command(FinetuneSettings, "lmm.finetune:finetune"),
 }
 
