@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from lift.common.environment import describe_environment
 from lift.common.errors import UserError
@@ -185,7 +186,8 @@ def load_llava(model: Path, precision: str, quantise: str = "none") -> LlavaForC
     keywords: dict[str, Any] = {}
     if quantise != "none":
         keywords["quantization_config"] = quantisation(quantise, DTYPES[precision])
-        keywords["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+        if not is_deepspeed_zero3_enabled():  # which finds the place by itself
+            keywords["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
     try:
         loaded: Any = LlavaForConditionalGeneration.from_pretrained(
             model, local_files_only=True, use_safetensors=True, dtype=DTYPES[precision], output_loading_info=True, **keywords

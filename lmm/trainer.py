@@ -72,7 +72,7 @@ def freeze(model: nn.Module, trainable: str) -> None:
     """Leaves gradients on the projector, on the language model and on the vision tower as `trainable` says."""
     learns = {"projector": True, "language_model": trainable != "projector", "vision_tower": trainable == "all"}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = learns[part_of(name)]
+        parameter.requires_grad = learns[part_of(name)] and parameter.is_floating_point()  # quantised weights are bytes
 
 
 def freeze_unused(model: nn.Module, config: Any) -> None:
