@@ -66,8 +66,8 @@ def _with_deepspeed(settings: StageSettings, config: dict[str, Any]) -> list[tup
         ),
         (
             settings.quantise != "none" and offloaded,
-            f"quantise {settings.quantise}: bitsandbytes keeps its quantisation state beside each weight, "
-            "which offloading does not move with it. Leave offload or quantise out.",
+            f"quantise {settings.quantise}: bitsandbytes keeps the scales of a weight outside the parameter, where offloading "
+            "does not find them: weights would lie on the CPU and scales on the GPU. Leave offload or quantise out.",
         ),
         (
             settings.compile and stage == 3,

@@ -186,10 +186,13 @@ class StageTrainer(Trainer):
         return self.optimizer
 
     def gathered_state(self) -> dict[str, torch.Tensor]:
-        """The weights to be written, on the main process; every process must call this. With lora only those that learn."""
+        """The weights to be written, on the main process; every process must call this.
+
+        With lora only those that learn, unless the tower does: PEFT saves it whole, with the layers that stay frozen.
+        """
         engine: Any = self.deepspeed
         model: Any = self.model
-        if not self.settings.lora:
+        if not self.settings.lora or self.settings.trainable == "all":
             state: dict[str, torch.Tensor] = self.accelerator.get_state_dict(engine)
         elif engine.zero_optimization_partition_weights():
             state = engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
