@@ -1,4 +1,4 @@
-"""Training runs in processes of their own, for the tests that kill them; imported by a fork server, so that they start at once."""
+"""Training runs in processes of their own, for tests that kill them; a fork server imports this, so that they start at once."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""SIGKILL at random instants, then the same command: bit-identical weights, for both stages, with and without LoRA, under ZeRO-2
-and ZeRO-3; and what is on disk at the end of every save loads."""
+"""SIGKILL at random instants, then the same command: bit-identical weights, for both stages, with and without LoRA, under
+ZeRO-2 and ZeRO-3; and what is on disk at the end of every save loads."""
 
 from __future__ import annotations
 
