@@ -13,12 +13,14 @@ from lmm.settings import (
     FinetuneSettings,
     ImportSettings,
     InspectMaskSettings,
+    MergeSettings,
     TrainSettings,
 )
 
 COMMANDS = {
     "build": Command(BuildSettings, "lmm.build:build"),
     "train": Command(TrainSettings, "lmm.train:train"),
+    "merge": Command(MergeSettings, "lmm.merge:merge", positional=True),
     "finetune": Command(FinetuneSettings, "lmm.finetune:finetune"),
     "check-data": Command(CheckDataSettings, "lmm.check_data:check_data"),
     "inspect-mask": Command(InspectMaskSettings, "lmm.inspect_mask:inspect_mask"),

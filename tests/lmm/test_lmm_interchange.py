@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from lift.common.errors import UserError
