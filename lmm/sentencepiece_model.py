@@ -47,7 +47,9 @@ def read_pieces(file: Path) -> list[Piece]:
     except (IndexError, ValueError, UnicodeDecodeError, OverflowError) as error:
         raise UserError(f"{file}: expected a SentencePiece model, found another or a damaged file. Copy it again.") from error
     if not pieces or model_type != BPE_MODEL or sum(piece.kind == BYTE for piece in pieces) != 256:
-        raise UserError(f"{file}: expected a SentencePiece BPE model with byte fallback, as Llama's; this one is of another kind.")
+        raise UserError(
+            f"{file}: expected a SentencePiece BPE model with byte fallback, as Llama's; this one is of another kind."
+        )
     kinds = [piece.kind for piece in pieces]
     if kinds.count(UNKNOWN) != 1 or kinds.count(CONTROL) != 2 or USER_DEFINED in kinds:
         raise UserError(f"{file}: expected the special tokens <unk>, <s> and </s> alone, as in Llama's, found others.")
@@ -117,7 +119,9 @@ def merges_of(pieces: list[Piece]) -> list[tuple[str, str]]:
     return [(left, right) for _, _, _, left, right in sorted(ranked, key=lambda entry: entry[0])]
 
 
-def llama_tokenizer(file: Path, legacy: bool, image_token: str, rows: int, added: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+def llama_tokenizer(
+    file: Path, legacy: bool, image_token: str, rows: int, added: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """A fast tokenizer with the ids of the slow LlamaTokenizer of transformers 4.37 on every part between images.
 
     Args:

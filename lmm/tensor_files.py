@@ -32,7 +32,9 @@ def weight_files(folder: Path) -> list[Path]:
     for name in (SAFETENSORS, PICKLE):
         if (folder / f"{name}.index.json").is_file():
             shards = read_json(folder / f"{name}.index.json", "an index of weight files").get("weight_map", {})
-            return [require_file(folder / shard, f"the shard that {name}.index.json names") for shard in sorted({*shards.values()})]
+            return [
+                require_file(folder / shard, f"the shard that {name}.index.json names") for shard in sorted({*shards.values()})
+            ]
         if (folder / name).is_file():
             return [folder / name]
     return []
