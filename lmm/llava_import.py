@@ -105,7 +105,7 @@ def _import_checkpoint(settings: ImportSettings) -> None:
 
 
 def find_tower(given: Path | None, named: Any, source: Path) -> Path:
-    """The vision tower's folder: `given`, or what the checkpoint names: seen from it or from here, inside it, or in the hub's cache.
+    """The vision tower's folder: `given`, or what the checkpoint names, in its folder, in this one or in the hub's cache.
 
     Raises:
         UserError: it is not on this machine.
