@@ -137,7 +137,7 @@ def config_to_transformers(original: dict[str, Any], vision: Any, image_id: int)
     fields = LlamaConfig().to_dict().keys() | {"rope_theta", "rope_scaling", "dtype"}
     fields -= {"model_type", "architectures", "transformers_version", "rope_parameters"}
     text = LlamaConfig(**{key: value for key, value in original.items() if key in fields})
-    strategy = FEATURE_STRATEGIES[original.get("mm_vision_select_feature", "patch")]
+    strategy: Any = FEATURE_STRATEGIES[original.get("mm_vision_select_feature", "patch")]
     patches = (vision.image_size // vision.patch_size) ** 2
     return LlavaConfig(
         vision_config=vision,

@@ -196,6 +196,7 @@ def _tokenizer(source: Path, rows: int) -> tuple[Any, int, str]:
     Raises:
         UserError: there is none that can be read.
     """
+    tokenizer: Any
     options = read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").is_file() else {}
     if not (source / "tokenizer.model").is_file():
         if not (source / "tokenizer.json").is_file():
@@ -204,7 +205,7 @@ def _tokenizer(source: Path, rows: int) -> tuple[Any, int, str]:
         return (tokenizer, *add_image_token(tokenizer, rows))
     file = source / "tokenizer.model"
     added = _added_tokens(source, options, len(read_pieces(file)))
-    tokenizer: Any = llama_tokenizer(file, bool(options.get("legacy", True)), IMAGE_MARKER, rows, added)
+    tokenizer = llama_tokenizer(file, bool(options.get("legacy", True)), IMAGE_MARKER, rows, added)
     tokenizer.padding_side = "left"  # batched generation pads on the left
     for role in ("pad_token", "eos_token", "bos_token"):
         token = options.get(role)

@@ -20,12 +20,11 @@ from transformers import PreTrainedTokenizerFast
 
 from lift.common.errors import UserError
 from lift.common.files import require_file
+from lmm.unused_byte import NEVER_IN_UTF8
 
 SPACE = "▁"
 BPE_MODEL = 2
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
-# Bytes that no UTF-8 text contains (RFC 3629, section 3), so that their pieces stand for nothing.
-NEVER_IN_UTF8 = [f"<0x{byte:02X}>" for byte in (*range(0xFF, 0xF4, -1), 0xC1, 0xC0)]
 
 
 @dataclass(frozen=True)
@@ -135,7 +134,7 @@ def llama_tokenizer(
     pieces = read_pieces(file)
     vocabulary = {piece.text: number for number, piece in enumerate(pieces)}
     if image_token not in vocabulary and image_token not in added and len(pieces) + len(added) >= rows:
-        vocabulary[image_token] = vocabulary.pop(NEVER_IN_UTF8[0])
+        vocabulary[image_token] = vocabulary.pop(f"<0x{NEVER_IN_UTF8[0]:02X}>")
     names = [piece.text for piece in pieces if piece.kind in (UNKNOWN, CONTROL)]
     unknown = next(piece.text for piece in pieces if piece.kind == UNKNOWN)
     tokenizer = Tokenizer(BPE(vocabulary, merges_of(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=True))

@@ -96,7 +96,7 @@ class ShardWriter:
         if len(self._shards) == 1:
             self._path(0).rename(self.folder / SAFETENSORS)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, keys in enumerate(self._shards):
             name = f"model-{number + 1:05d}-of-{len(self._shards):05d}.safetensors"
             self._path(number).rename(self.folder / name)
