@@ -1,4 +1,4 @@
-"""`lmm export`: a LLaVA folder becomes a checkpoint of the original LLaVA (v1.2.2), or its pretraining stage's mm_projector.bin.
+"""`lmm export`: a LLaVA folder becomes a checkpoint of the original LLaVA, or its pretraining stage's mm_projector.bin.
 
 In: a folder that `lmm build`, `lmm train` or `lmm import` wrote. Out: config.json with `mm_*` keys, renamed weights, the
 tokenizer in a form that transformers 4.37 reads, and the vision tower both among the weights and as `vision_tower/`, because
@@ -51,7 +51,8 @@ def export_llava(settings: ExportSettings) -> Path:
     processor: Any = _processor(source)
     tower_name = settings.mm_vision_tower or str(out.resolve() / TOWER_FOLDER)
     pads = bool(getattr(processor.image_processor, "do_pad", False))
-    max_length = min(processor.tokenizer.model_max_length, config.text_config.max_position_embeddings)
+    text: Any = config.text_config
+    max_length = min(processor.tokenizer.model_max_length, text.max_position_embeddings)
     original = config_to_original(config, tower_name, pads, max_length, source)
     with atomic_folder(out) as folder:
         if settings.part == "projector":
@@ -83,7 +84,9 @@ def _projector(source: Path) -> Tensors:
     names = {f"{PROJECTOR}linear_{layer}.{part}" for layer in (1, 2) for part in ("weight", "bias")}
     if found.keys() != names:
         missing = sorted(names ^ found.keys())[0]
-        raise UserError(f"{source}: expected the projector's four weights linear_1 and linear_2; missing or unknown is {missing}.")
+        raise UserError(
+            f"{source}: expected the projector's four weights linear_1 and linear_2; missing or unknown is {missing}."
+        )
     return found
 
 

@@ -19,7 +19,7 @@ from lmm.tensor_files import Tensors
 
 MODEL_TYPES = ("llava_llama", "llava")
 PROJECTOR_ACTIVATIONS = {"mlp2x_gelu": "gelu", "linear": "linear"}
-"""The original's `mm_projector_type` and transformers' `projector_hidden_act`; a linear one is two layers without activation."""
+"""The original's `mm_projector_type` and transformers' `projector_hidden_act`; a linear one has no activation."""
 FEATURE_STRATEGIES = {"patch": "default", "cls_patch": "full"}
 BUFFERS = re.compile(r"(rotary_emb\.inv_freq|embeddings\.position_ids)$")
 """Constants that older versions saved beside the weights."""
@@ -137,7 +137,7 @@ def config_to_transformers(original: dict[str, Any], vision: Any, image_id: int)
     fields = LlamaConfig().to_dict().keys() | {"rope_theta", "rope_scaling", "dtype"}
     fields -= {"model_type", "architectures", "transformers_version", "rope_parameters"}
     text = LlamaConfig(**{key: value for key, value in original.items() if key in fields})
-    strategy = FEATURE_STRATEGIES[original.get("mm_vision_select_feature", "patch")]
+    strategy: Any = FEATURE_STRATEGIES[original.get("mm_vision_select_feature", "patch")]
     patches = (vision.image_size // vision.patch_size) ** 2
     return LlavaConfig(
         vision_config=vision,
@@ -210,11 +210,12 @@ def config_to_original(config: LlavaConfig, tower: str, pads: bool, max_length: 
 
 def _check_parts(config: LlavaConfig, text: Any, vision: Any, folder: Path) -> None:
     heads = text.hidden_size // text.num_attention_heads
+    rope = dict(text.rope_parameters or {}).get("rope_type")
     for what, found, known in (
         ("text_config.model_type", text.model_type, ("llama",)),
         ("text_config.mlp_bias", getattr(text, "mlp_bias", False), (False,)),
         ("text_config.head_dim", getattr(text, "head_dim", None) or heads, (heads,)),
-        ("text_config.rope_parameters.rope_type", dict(text.rope_parameters or {}).get("rope_type"), ("default", "linear", "dynamic")),
+        ("text_config.rope_parameters.rope_type", rope, ("default", "linear", "dynamic")),
         ("vision_config.model_type", vision.model_type, ("clip_vision_model",)),
         ("vision_feature_layer", type(config.vision_feature_layer).__name__, ("int",)),
         ("vision_feature_select_strategy", config.vision_feature_select_strategy, tuple(FEATURE_STRATEGIES.values())),

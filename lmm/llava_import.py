@@ -1,7 +1,7 @@
 """`lmm import`: a checkpoint of the original LLaVA becomes a folder that transformers loads; weights are renamed, not changed.
 
 In: a folder with `mm_*` keys in its config.json, or a pretraining stage's `mm_projector.bin` and a LLaVA folder to put it in.
-Out: a LLaVA folder with processor, the vicuna_v1 chat template and `import.json`. One file of weights is in memory at a time.
+Out: a LLaVA folder with processor, the vicuna_v1 chat template and `build.json`. One file of weights is in memory at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from transformers import CLIPVisionConfig, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from lift.common.errors import UserError
-from lift.common.files import atomic_folder, read_json, require_file, sha256_file, write_json
+from lift.common.files import atomic_folder, read_json, require_file, sha256_file, sha256_text, write_json
 from lmm.conversation import IMAGE_MARKER
 from lmm.llava_format import (
     BUFFERS,
@@ -42,6 +42,7 @@ from lmm.settings import ImportSettings
 from lmm.tensor_files import ShardWriter, Tensors, read_all, read_tensors, weight_files
 
 PROJECTOR_FILE = "mm_projector.bin"
+RECORD = "build.json"  # as `lmm build` writes it: training reads the vision tower's hash there
 CLIP_TEXT_SIDE = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 
 
@@ -79,6 +80,7 @@ def _import_checkpoint(settings: ImportSettings) -> None:
     processor: Any = make_processor(tower, tokenizer, template, vision.patch_size, vision.image_size)
     processor.vision_feature_select_strategy = config.vision_feature_select_strategy
     set_aspect_ratio(processor, "pad" if original.get("image_aspect_ratio") == "pad" else "crop")
+    assert settings.out is not None
     with atomic_folder(settings.out) as folder:
         writer = ShardWriter(folder)
         notes += _write_weights(writer, original, source, tower)
@@ -90,15 +92,20 @@ def _import_checkpoint(settings: ImportSettings) -> None:
         processor.save_pretrained(folder)
         if (source / "tokenizer.model").is_file():  # for the way back: the original reads no other tokenizer
             shutil.copyfile(source / "tokenizer.model", folder / "tokenizer.model")
-        record = {"source": str(source), "vision_tower": str(tower), "image_token_id": image_id, "notes": notes}
-        record["hashes"] = {file.name: sha256_file(file) for file in weight_files(source)}
-        record["vision_tower_hashes"] = {file.name: sha256_file(file) for file in weight_files(tower)}
-        write_json(folder / "import.json", record)
+        record = {
+            "vision_tower": str(tower),
+            "vision_tower_hash": _hash(tower),
+            "llm": str(source),
+            "llm_hash": _hash(source),
+            "image_token_id": image_id,
+            "notes": notes,
+        }
+        write_json(folder / RECORD, record)
     print("\n".join(notes))
 
 
 def find_tower(given: Path | None, named: Any, source: Path) -> Path:
-    """The vision tower's folder: `given`, or what the checkpoint names, from its folder or from here, its copy in the checkpoint, or the hub's cache.
+    """The vision tower's folder: `given`, or what the checkpoint names, in its folder, in this one or in the hub's cache.
 
     Raises:
         UserError: it is not on this machine.
@@ -189,6 +196,7 @@ def _tokenizer(source: Path, rows: int) -> tuple[Any, int, str]:
     Raises:
         UserError: there is none that can be read.
     """
+    tokenizer: Any
     options = read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").is_file() else {}
     if not (source / "tokenizer.model").is_file():
         if not (source / "tokenizer.json").is_file():
@@ -222,6 +230,10 @@ def _added_tokens(source: Path, options: dict[str, Any], first: int) -> list[str
     return list(added.values())
 
 
+def _hash(folder: Path) -> str:
+    return sha256_text("\n".join(f"{file.name} {sha256_file(file)}" for file in weight_files(folder)))
+
+
 def _generation(original: dict[str, Any], pad_id: int) -> GenerationConfig:
     return GenerationConfig(
         bos_token_id=original.get("bos_token_id"), eos_token_id=original.get("eos_token_id"), pad_token_id=pad_id
@@ -232,7 +244,9 @@ def _import_projector(file: Path, settings: ImportSettings) -> None:
     """A copy of the folder `model_base` with the projector of `file` in the place of its own."""
     base = settings.model_base
     if base is None:
-        raise UserError(f"{file}: a projector alone needs a LLaVA folder to go into, as `lmm build` writes it: --model_base DIR.")
+        raise UserError(
+            f"{file}: a projector alone needs a LLaVA folder to go into, as `lmm build` writes it: --model_base DIR."
+        )
     require_file(base / "config.json", "a LLaVA folder's config.json")
     config = LlavaConfig.from_pretrained(base, local_files_only=True)
     kind = projector_kind(config, base)
@@ -241,6 +255,7 @@ def _import_projector(file: Path, settings: ImportSettings) -> None:
     if stated != kind:
         raise UserError(f"{beside}: mm_projector_type: expected {kind!r}, as in {base}, found {stated!r}.")
     projector = projector_to_transformers(read_tensors(file), kind, file)
+    assert settings.out is not None
     with atomic_folder(settings.out) as folder:
         writer = ShardWriter(folder)
         for tensors in read_all(base):
@@ -257,6 +272,5 @@ def _import_projector(file: Path, settings: ImportSettings) -> None:
         for other in base.iterdir():
             if other.is_file() and not other.name.endswith((".safetensors", ".bin", ".index.json")):
                 shutil.copyfile(other, folder / other.name)
-        write_json(
-            folder / "import.json", {"source": str(file), "sha256": sha256_file(file), "model_base": str(base)}
-        )
+        record = read_json(base / RECORD) if (base / RECORD).is_file() else {"model_base": str(base)}
+        write_json(folder / RECORD, record | {"projector": str(file), "projector_hash": sha256_file(file)})

@@ -14,6 +14,7 @@ from lift.common.errors import UserError
 from lift.common.files import read_json, require_file
 from lmm.conversation import IMAGE_MARKER, load_template
 from lmm.sentencepiece_model import llama_tokenizer, read_pieces
+from lmm.unused_byte import give_unused_byte
 
 
 def load_tokenizer(llm: Path) -> Any:
@@ -94,17 +95,20 @@ def _renders(tokenizer: Any, template: str, content: Any) -> bool:
 def add_image_token(tokenizer: Any, vocab_size: int) -> tuple[int, str]:
     """Makes `<image>` one special token of `tokenizer`. Returns its id and one sentence on where it came from.
 
-    The id lies below `vocab_size` where the vocabulary has `<image>` or the embedding matrix a spare row; otherwise it does
-    not, and the matrix has to be enlarged to hold it.
+    The id lies below `vocab_size` where the vocabulary has `<image>`, or else the embedding matrix a spare row, or else the
+    vocabulary the token of a byte that no text contains; otherwise it does not, and the matrix has to be enlarged to hold it.
     """
     vocabulary = tokenizer.get_vocab()
     known = IMAGE_MARKER in vocabulary
+    reused = not known and max(vocabulary.values()) + 1 >= vocab_size and give_unused_byte(tokenizer, IMAGE_MARKER)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_MARKER]}, replace_extra_special_tokens=False)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
     if tokenizer(IMAGE_MARKER, add_special_tokens=False)["input_ids"] != [image_id]:
         raise UserError(f"{tokenizer.name_or_path}: expected {IMAGE_MARKER} to become one token, found it is split.")
     if known:
         return image_id, f"image token {IMAGE_MARKER}: id {image_id}, already in the vocabulary"
+    if reused:
+        return image_id, f"image token {IMAGE_MARKER}: id {image_id}, of a byte that no text contains"
     if image_id < vocab_size:
         return image_id, f"image token {IMAGE_MARKER}: id {image_id}, a spare row of the {vocab_size} embedding rows"
     return image_id, (

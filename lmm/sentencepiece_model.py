@@ -20,12 +20,11 @@ from transformers import PreTrainedTokenizerFast
 
 from lift.common.errors import UserError
 from lift.common.files import require_file
+from lmm.unused_byte import NEVER_IN_UTF8
 
 SPACE = "▁"
 BPE_MODEL = 2
 UNKNOWN, CONTROL, USER_DEFINED, BYTE = 2, 3, 4, 6
-# Bytes that no UTF-8 text contains (RFC 3629, section 3), so that their pieces stand for nothing.
-NEVER_IN_UTF8 = [f"<0x{byte:02X}>" for byte in (*range(0xFF, 0xF4, -1), 0xC1, 0xC0)]
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,9 @@ def read_pieces(file: Path) -> list[Piece]:
     except (IndexError, ValueError, UnicodeDecodeError, OverflowError) as error:
         raise UserError(f"{file}: expected a SentencePiece model, found another or a damaged file. Copy it again.") from error
     if not pieces or model_type != BPE_MODEL or sum(piece.kind == BYTE for piece in pieces) != 256:
-        raise UserError(f"{file}: expected a SentencePiece BPE model with byte fallback, as Llama's; this one is of another kind.")
+        raise UserError(
+            f"{file}: expected a SentencePiece BPE model with byte fallback, as Llama's; this one is of another kind."
+        )
     kinds = [piece.kind for piece in pieces]
     if kinds.count(UNKNOWN) != 1 or kinds.count(CONTROL) != 2 or USER_DEFINED in kinds:
         raise UserError(f"{file}: expected the special tokens <unk>, <s> and </s> alone, as in Llama's, found others.")
@@ -117,7 +118,9 @@ def merges_of(pieces: list[Piece]) -> list[tuple[str, str]]:
     return [(left, right) for _, _, _, left, right in sorted(ranked, key=lambda entry: entry[0])]
 
 
-def llama_tokenizer(file: Path, legacy: bool, image_token: str, rows: int, added: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+def llama_tokenizer(
+    file: Path, legacy: bool, image_token: str, rows: int, added: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
     """A fast tokenizer with the ids of the slow LlamaTokenizer of transformers 4.37 on every part between images.
 
     Args:
@@ -131,7 +134,7 @@ def llama_tokenizer(file: Path, legacy: bool, image_token: str, rows: int, added
     pieces = read_pieces(file)
     vocabulary = {piece.text: number for number, piece in enumerate(pieces)}
     if image_token not in vocabulary and image_token not in added and len(pieces) + len(added) >= rows:
-        vocabulary[image_token] = vocabulary.pop(NEVER_IN_UTF8[0])
+        vocabulary[image_token] = vocabulary.pop(f"<0x{NEVER_IN_UTF8[0]:02X}>")
     names = [piece.text for piece in pieces if piece.kind in (UNKNOWN, CONTROL)]
     unknown = next(piece.text for piece in pieces if piece.kind == UNKNOWN)
     tokenizer = Tokenizer(BPE(vocabulary, merges_of(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=True))

@@ -32,7 +32,9 @@ def weight_files(folder: Path) -> list[Path]:
     for name in (SAFETENSORS, PICKLE):
         if (folder / f"{name}.index.json").is_file():
             shards = read_json(folder / f"{name}.index.json", "an index of weight files").get("weight_map", {})
-            return [require_file(folder / shard, f"the shard that {name}.index.json names") for shard in sorted({*shards.values()})]
+            return [
+                require_file(folder / shard, f"the shard that {name}.index.json names") for shard in sorted({*shards.values()})
+            ]
         if (folder / name).is_file():
             return [folder / name]
     return []
@@ -94,7 +96,7 @@ class ShardWriter:
         if len(self._shards) == 1:
             self._path(0).rename(self.folder / SAFETENSORS)
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, keys in enumerate(self._shards):
             name = f"model-{number + 1:05d}-of-{len(self._shards):05d}.safetensors"
             self._path(number).rename(self.folder / name)

@@ -18,6 +18,7 @@ from lmm.build import build
 from lmm.conversation import parse_row
 from lmm.recipes import encoder_of_folder
 from lmm.settings import BuildSettings
+from lmm.unused_byte import NEVER_IN_UTF8
 
 
 def test_parts_are_the_given_ones_and_the_prompt_forms_agree(tower: Path, llm: Path, tmp_path: Path) -> None:
@@ -57,25 +58,41 @@ def test_same_seed_same_projector(tower: Path, llm: Path, tmp_path: Path) -> Non
     assert not torch.equal(weights[0], weights[2])
 
 
-@pytest.mark.parametrize(("rows", "rows_after", "tied"), [(264, 264, False), (259, 260, False), (259, 260, True)])
-def test_image_token_takes_a_spare_row_or_one_new_row(
-    rows: int, rows_after: int, tied: bool, tower: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("rows", "rows_after", "tied", "source"),
+    [
+        (264, 264, False, "spare row"),
+        (259, 259, False, "a byte that no text contains"),
+        (259, 259, True, "a byte that no text contains"),
+        (259, 260, False, "grows from 259 to 260 rows"),
+        (259, 260, True, "grows from 259 to 260 rows"),
+    ],
+)
+def test_image_token_takes_a_spare_row_or_an_unused_byte_or_one_new_row(
+    rows: int, rows_after: int, tied: bool, source: str, tower: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = make_tokenizer(with_image=False)
     tokenizer.pad_token = None
+    if rows < rows_after:  # every byte is a token in its own right
+        tokenizer.add_special_tokens({"additional_special_tokens": [chr(byte) for byte in NEVER_IN_UTF8]})
     llm = make_llm(tmp_path / "llm", tokenizer, rows=rows, tied=tied)
     out = build(BuildSettings(vision_tower=tower, llm=llm, out=tmp_path / "out"))
-    assert ("spare row" if rows == rows_after else f"grows from {rows} to {rows_after} rows") in capsys.readouterr().out
+    assert source in capsys.readouterr().out
     model, info = LlavaForConditionalGeneration.from_pretrained(out, output_loading_info=True)
     assert not any(info.values())
-    assert model.config.image_token_id == 259
+    unused = tokenizer.convert_tokens_to_ids("ÿ")
+    assert model.config.image_token_id == (unused if rows == rows_after == 259 else 259)
     assert model.get_input_embeddings().weight.shape[0] == model.lm_head.weight.shape[0] == rows_after
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
     old = AutoModelForCausalLM.from_pretrained(llm).lm_head.weight
     assert torch.equal(model.lm_head.weight[:rows], old)
     if rows < rows_after:
         assert torch.allclose(model.lm_head.weight[259], old.mean(0), atol=1e-6)
-    assert AutoProcessor.from_pretrained(out).tokenizer.pad_token == "<eos>"
+    built = AutoProcessor.from_pretrained(out).tokenizer
+    assert built.pad_token == "<eos>"
+    text = "Köln 漢字 😀 ÿ À"
+    assert built(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert built("<image>")["input_ids"] == [model.config.image_token_id]
 
 
 def test_missing_chat_template_is_an_error_that_says_how_to_give_one(tower: Path, tmp_path: Path) -> None:

@@ -169,7 +169,9 @@ def test_round_trip_without_the_original(built: Path, tmp_path: Path) -> None:
     """Sharded pickles instead of one safetensors file make no difference; logits and processor stay the same."""
     out = as_original(built, tmp_path)
     tensors = weights(out)
-    assert "model.mm_projector.2.bias" in tensors and "model.vision_tower.vision_tower.vision_model.post_layernorm.bias" in tensors
+    assert (
+        "model.mm_projector.2.bias" in tensors and "model.vision_tower.vision_tower.vision_model.post_layernorm.bias" in tensors
+    )
     assert all(key.startswith("vision_model.") for key in weights(out / "vision_tower"))
     load_tower(out / "vision_tower")
     keys = sorted(tensors)
@@ -215,7 +217,7 @@ def test_linear_projector_and_an_unfrozen_tower(trained: bool, built: Path, tmp_
     # the original's loader takes the folder's tower, unless the checkpoint's own was trained
     own = tensors["model.vision_tower.vision_tower." + tower_key] - (0.0 if trained else 1.0)
     assert torch.equal(weights(imported)["vision_tower.post_layernorm.bias"], own)
-    assert ("different weights" in json.loads((imported / "import.json").read_text())["notes"][-1])
+    assert "different weights" in json.loads((imported / "build.json").read_text())["notes"][-1]
     again = export_llava(ExportSettings(imported, out=tmp_path / "again"))
     assert json.loads((again / "config.json").read_text())["mm_projector_type"] == "linear"
     for part in ("weight", "bias"):
