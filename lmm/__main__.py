@@ -6,12 +6,15 @@ import sys
 
 from lift.common.cli import Command, run_command
 from lmm.quiet import quiet
-from lmm.settings import BuildSettings, FinetuneSettings, TrainSettings
+from lmm.settings import BuildSettings, ChatSettings, FinetuneSettings, GenerateSettings, ServeSettings, TrainSettings
 
 COMMANDS = {
     "build": Command(BuildSettings, "lmm.build:build"),
     "train": Command(TrainSettings, "lmm.train:train"),
     "finetune": Command(FinetuneSettings, "lmm.finetune:finetune"),
+    "generate": Command(GenerateSettings, "lmm.generate:generate", positional=True),
+    "chat": Command(ChatSettings, "lmm.chat:chat", positional=True),
+    "serve": Command(ServeSettings, "lmm.serve:serve", positional=True),
 }
 
 
