@@ -29,11 +29,16 @@ SHOWN_PIXELS = 512
 UPLOADS_KEPT_SECONDS = 3600
 SESSIONS_KEPT = 32
 CONTENT_SECURITY_POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "default-src 'self'; script-src 'self' 'unsafe-inline'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; object-src 'none'; "
     "base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
 )
-STYLE = "#columns { align-items: stretch } footer { display: none !important } #ask { min-width: 0 }"
+# Gradio's own buttons to share an image with a site elsewhere and to empty one column alone would mislead here.
+STYLE = """
+#columns .message-content { white-space: pre-wrap; overflow-wrap: anywhere }
+footer, #columns button[aria-label="Share"], #columns button[aria-label="Clear"] { display: none !important }
+@media (max-width: 700px) { #answers0, #answers1 { height: 38vh !important } }
+"""
 
 
 def serve(settings: ServeSettings) -> None:
@@ -92,7 +97,7 @@ class Page:
 
     def __init__(self, models: list[Llava], decoding: Decoding) -> None:
         self.models, self.decoding = models, decoding
-        self.shown_images = Path(tempfile.mkdtemp(prefix="lmm_serve_"))
+        self.shown_images = tempfile.TemporaryDirectory(prefix="lmm_serve_")  # removed with the page
         gr = self.gr = gradio()
         with gr.Blocks(
             title="Ask a LLaVA model", analytics_enabled=False, delete_cache=(UPLOADS_KEPT_SECONDS, UPLOADS_KEPT_SECONDS)
@@ -139,7 +144,7 @@ class Page:
             group_consecutive_messages=False,
             reasoning_tags=[],
             latex_delimiters=[],
-            buttons=["copy"],
+            buttons=[],
             feedback_options=None,
         )
 
@@ -158,7 +163,7 @@ class Page:
         entries: list[dict[str, Any]] = [
             {"role": "user", "content": {"path": str(self._shown(image)), "alt_text": "uploaded image"}} for image in images
         ]
-        entries.append({"role": "user", "content": printable(box["text"].strip())})
+        entries.append({"role": "user", "content": _as_text(box["text"].strip())})
         return [{"text": "", "files": []}, *dialogues, *([*chat, *entries] for chat in chats)]
 
     def answer(self, number: int, dialogue: Dialogue, chat: list[dict[str, Any]]) -> Iterator[tuple[Any, Any]]:
@@ -167,8 +172,8 @@ class Page:
         prompt = dialogue.prompt(model, self.decoding.max_new_tokens)
         for piece in model.stream(prompt, self.decoding):
             text += piece
-            yield self.gr.skip(), [*chat, {"role": "assistant", "content": printable(text)}]
-        shown = printable(text) if text.strip() else "(no answer)"
+            yield self.gr.skip(), [*chat, {"role": "assistant", "content": _as_text(text)}]
+        shown = _as_text(text) if text.strip() else "(no answer)"
         yield dialogue.with_answer(text), [*chat, {"role": "assistant", "content": shown}]
 
     def reset(self) -> list[Any]:
@@ -178,14 +183,13 @@ class Page:
         """A small copy of the pixels alone: what else an upload holds is never sent back."""
         small = image.copy()
         small.thumbnail((SHOWN_PIXELS, SHOWN_PIXELS))
-        handle, name = tempfile.mkstemp(suffix=".png", dir=self.shown_images)
+        handle, name = tempfile.mkstemp(suffix=".png", dir=self.shown_images.name)
         with os.fdopen(handle, "wb") as file:
             small.save(file, "PNG")
         return Path(name)
 
     def _error(self, message: str) -> Exception:
-        """Gradio shows these as HTML."""
-        return self.gr.Error(html.escape(printable(message)), title="", print_exception=False)
+        return self.gr.Error(_as_text(message), title="", print_exception=False)
 
 
 def _decode(path: Path) -> Image.Image:
@@ -193,6 +197,11 @@ def _decode(path: Path) -> Image.Image:
         return decode_image(path)
     except (OSError, ImageFault) as error:
         raise UserError(f"{path.name}: not an image that can be decoded: {error}") from error
+
+
+def _as_text(text: str) -> str:
+    """HTML that shows `text` as it is: what Chatbot and Error take is HTML, which gradio cleans of scripts but interprets."""
+    return html.escape(printable(text))
 
 
 def _title(folder: Path) -> str:
