@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import importlib.metadata
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +23,7 @@ from lift.common.images import decode_image
 from lift.common.ledger import DropLedger
 from lmm.conversation import IMAGE_MARKER, SampleFault
 from lmm.folders import content_hash
-from lmm.inference import Decoding, Llava, longest_first
+from lmm.inference import Decoding, Llava, check_is_llava, longest_first, number_format, torch_device
 from lmm.questions import QuestionRow, check_images, read_questions
 from lmm.settings import GenerateSettings
 
@@ -36,19 +37,22 @@ def generate(settings: GenerateSettings) -> Path:
         UserError: unusable model, questions or images, or an --out that holds the answers of another run.
     """
     assert settings.questions is not None and settings.out is not None  # the settings checked it
+    check_is_llava(settings.model)
     with _locked(settings.out):
         ledger = DropLedger()
         rows = read_questions(settings.questions, settings.images, ledger)
         total = len(rows) + len(ledger)
-        model = Llava(settings.model, settings.dtype, settings.device)
-        run = _identity(settings, model, rows)
+        run = _identity(settings, rows)
         if _is_finished(settings.out, run):
             print(f"{settings.out}: reused, finished answers of the same model, questions and settings.")
             return settings.out
-        rows = check_images(rows, ledger, settings.workers)
-        prompts = _measure(model, rows, settings.max_new_tokens, ledger)
-        rows = [row for row in rows if row.key in prompts]
         _check_ledger(ledger, total, settings)
+        rows = check_images(rows, ledger, settings.workers)
+        _check_ledger(ledger, total, settings)  # before the model is loaded, which may take minutes
+        model = Llava(settings.model, settings.dtype, settings.device)
+        prompts = _measure(model, rows, settings.max_new_tokens, ledger)
+        _check_ledger(ledger, total, settings)
+        rows = [row for row in rows if row.key in prompts]
         write_json(_beside(settings.out, "run.json"), run)
         answers = _answer(settings, model, rows, prompts)
         write_jsonl(settings.out, (_record(row, answers[row.key], run) for row in rows))
@@ -112,7 +116,7 @@ def _check_ledger(ledger: DropLedger, total: int, settings: GenerateSettings) ->
         raise UserError(f"{settings.questions}: question {key}: {cause} ({detail}). In all: {error}") from error
 
 
-def _identity(settings: GenerateSettings, model: Llava, rows: list[QuestionRow]) -> dict[str, Any]:
+def _identity(settings: GenerateSettings, rows: list[QuestionRow]) -> dict[str, Any]:
     """What decides the answers. Batch size and device do not, beyond rounding."""
     assert settings.questions is not None
     paths = sorted({path for row in rows for path in row.images})
@@ -125,7 +129,7 @@ def _identity(settings: GenerateSettings, model: Llava, rows: list[QuestionRow])
         "max_new_tokens": settings.max_new_tokens,
         "temperature": settings.temperature,
         "seed": settings.seed if settings.temperature else None,
-        "dtype": str(model.model.dtype).removeprefix("torch."),
+        "dtype": number_format(settings.dtype, torch_device(settings.device)),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
 
@@ -173,8 +177,11 @@ def _locked(out: Path) -> Iterator[None]:
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{out}: another process is writing it. Wait for its end, or choose another --out.") from error
+            mine = path.exists() and os.path.samestat(path.stat(), os.fstat(file.fileno()))
+        except BlockingIOError:
+            mine = False
+        if not mine:  # held by another, or removed by one that just ended
+            raise UserError(f"{out}: another process is writing it. Wait for its end, or choose another --out.")
         try:
             yield
         finally:

@@ -63,6 +63,11 @@ def torch_device(name: str) -> torch.device:
     return device
 
 
+def number_format(dtype: str, device: torch.device) -> str:
+    """`auto` is float32 on a CPU; elsewhere it stays, which is the folder's own format."""
+    return "float32" if dtype == "auto" and device.type == "cpu" else dtype
+
+
 def load_whole(folder: Path, dtype: str | torch.dtype) -> LlavaForConditionalGeneration:
     """The model in evaluation mode. Raises UserError when a weight is missing or misshapen, and would run at random."""
     try:
@@ -104,8 +109,7 @@ class Llava:
     def __init__(self, folder: Path, dtype: str = "auto", device: str = "auto") -> None:
         self.folder = folder
         self.device = torch_device(device)
-        self.dtype = "float32" if dtype == "auto" and self.device.type == "cpu" else dtype
-        _check_is_llava(folder)
+        check_is_llava(folder)
         try:
             self.processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -113,7 +117,8 @@ class Llava:
         tokenizer = self.processor.tokenizer
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
-        self.model: Any = load_whole(folder, self.dtype).to(self.device)  # type: ignore[arg-type]
+        self.model: Any = load_whole(folder, number_format(dtype, self.device))
+        self.model.to(self.device)
         self.ends = end_tokens(self.model, tokenizer)
         # Every choice is ours: penalties that a model's own configuration asks for would also count the padding of a batch.
         self.model.generation_config = GenerationConfig(eos_token_id=self.ends or None, pad_token_id=tokenizer.pad_token_id)
@@ -234,7 +239,8 @@ class _StopWhenSet(StoppingCriteria):
         return torch.full((input_ids.shape[0],), self.event.is_set(), device=input_ids.device, dtype=torch.bool)
 
 
-def _check_is_llava(folder: Path) -> None:
+def check_is_llava(folder: Path) -> None:
+    """Raises UserError, without loading anything."""
     config = read_json(require_folder(folder, "a LLaVA folder") / "config.json", "the configuration of a LLaVA folder")
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if model_type != "llava":
