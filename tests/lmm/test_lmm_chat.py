@@ -99,9 +99,9 @@ def test_closing_a_stream_ends_the_model_and_its_errors_reach_the_reader(model: 
     pieces = endless.stream(Dialogue().with_question("Well?", []).prompt(endless, 480), Decoding(480))
     assert next(pieces).startswith("on")
     pieces.close()
-    question = Dialogue().with_question("Hm?", [Image.new("RGB", (40, 40))]).prompt(model, 20)
+    question = Dialogue().with_question("Hm?", [Image.new("RGB", (40, 40))] * 2).prompt(model, 20)
     with pytest.raises(ValueError, match="(?i)image"):
-        list(model.stream(question._replace(images=[]), Decoding(20)))
+        list(model.stream(question._replace(images=question.images[:1]), Decoding(20)))
 
 
 def test_too_long_a_conversation_says_what_to_do_and_keeps_it(model: Llava, red: Path) -> None:
