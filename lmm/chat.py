@@ -5,6 +5,8 @@ The answer appears as it grows; Ctrl-C stops it and the conversation goes on wit
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,10 +46,8 @@ def read_lines(source: TextIO) -> Iterator[str]:
     if not source.isatty():
         yield from (line.rstrip("\n") for line in source)
         return
-    try:
-        import readline  # noqa: F401  # its import alone gives `input` a history and editing
-    except ImportError:
-        pass
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline")  # its import alone gives `input` a history and editing
     while True:
         try:
             yield input("> ")

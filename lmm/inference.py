@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,8 +68,8 @@ def number_format(dtype: str, device: torch.device) -> str:
     return "float32" if dtype == "auto" and device.type == "cpu" else dtype
 
 
-def load_whole(folder: Path, dtype: str | torch.dtype) -> LlavaForConditionalGeneration:
-    """The model in evaluation mode. Raises UserError when a weight is missing or misshapen, and would run at random."""
+def load_whole(folder: Path, dtype: str) -> Any:
+    """A LlavaForConditionalGeneration in evaluation mode. Raises UserError when a weight is missing or misshapen, and would run at random."""
     try:
         loaded: Any = LlavaForConditionalGeneration.from_pretrained(
             folder, local_files_only=True, dtype=dtype, output_loading_info=True
@@ -161,7 +161,7 @@ class Llava:
         new_tokens_BT = tokens_BT[:, max(len(question.input_ids) for question in questions) :].tolist()
         return [self._read(tokens, decoding.max_new_tokens) for tokens in new_tokens_BT]
 
-    def stream(self, question: Question, decoding: Decoding) -> Iterator[str]:
+    def stream(self, question: Question, decoding: Decoding) -> Generator[str]:
         """The answer in pieces as it grows. Closing the iterator (or an exception in its consumer) stops the model."""
         pieces: Any = TextIteratorStreamer(self.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         stop, errors = threading.Event(), []

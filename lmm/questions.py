@@ -47,7 +47,8 @@ def read_questions(path: Path, images: Path | None, ledger: DropLedger) -> list[
         raise UserError(f"{path}: expected questions, one JSON object a line, found none.")
     if images is not None:
         require_folder(images, f"the images of {path.name}")
-    rows, seen = [], {}
+    rows: list[QuestionRow] = []
+    seen: dict[str, int] = {}
     for number, value in enumerate(values, start=1):
         name = _question_id(value, f"{path}: row {number}")
         if str(name) in seen:
@@ -82,10 +83,10 @@ def parse_question(value: dict[str, Any], question_id: Any, folder: Path | None)
             names += more
         _check_order(messages)
     else:
-        text = value.get("text")
-        if not isinstance(text, str) or not text.replace(IMAGE_MARKER, "").strip():
+        question = value.get("text")
+        if not isinstance(question, str) or not question.replace(IMAGE_MARKER, "").strip():
             raise SampleFault("no text", "expected `text` (or `messages`) with a question")
-        messages.append({"role": "user", "content": text})
+        messages.append({"role": "user", "content": question})
     markers = sum(message["content"].count(IMAGE_MARKER) for message in messages)
     last = messages[-1]
     if markers == 0 and names:

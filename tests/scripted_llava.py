@@ -5,6 +5,7 @@ Embeddings are unit vectors, attention and MLP add nothing, and row `next` of th
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import torch
@@ -37,7 +38,7 @@ def make_scripted_llava(folder: Path, pieces: list[str], ends: bool = True) -> P
         model.model.layers[0].self_attn.o_proj.weight.zero_()
         model.model.layers[0].mlp.down_proj.weight.zero_()
         model.lm_head.weight.zero_()
-        for token, following in zip(ids, ids[1:], strict=False):
+        for token, following in itertools.pairwise(ids):
             model.lm_head.weight[following, token] = 1
     model.save_pretrained(folder / "llm")
     tokenizer.save_pretrained(folder / "llm")

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from PIL import Image
 from scripted_llava import make_scripted_llava
 
 from lift.common.errors import UserError
+from lmm.__main__ import main
 from lmm.chat import Chat, read_lines
 from lmm.dialogue import Dialogue, printable
 from lmm.inference import Decoding, Llava
@@ -47,7 +46,9 @@ def _talk(model: Llava, lines: list[str], interactive: bool = True, out: io.Stri
 
 
 def test_turns_are_templated_by_the_models_own_template(model: Llava, red: Path) -> None:
-    chat = _talk(model, ["Hello?", f"/image '{red}'", "  Which colour? ", "", "/image " + str(red), f"/image {red}", "And these?"])
+    chat = _talk(
+        model, ["Hello?", f"/image '{red}'", "  Which colour? ", "", "/image " + str(red), f"/image {red}", "And these?"]
+    )
     roles = [message["role"] for message in chat.dialogue.messages]
     assert roles == ["user", "assistant"] * 3 and len(chat.dialogue.images) == 3 and chat.images == []
     asked = Dialogue(chat.dialogue.messages[:-1], chat.dialogue.images)
@@ -100,7 +101,7 @@ def test_closing_a_stream_ends_the_model_and_its_errors_reach_the_reader(model: 
     assert next(pieces).startswith("on")
     pieces.close()
     question = Dialogue().with_question("Hm?", [Image.new("RGB", (40, 40))] * 2).prompt(model, 20)
-    with pytest.raises(ValueError, match="(?i)image"):
+    with pytest.raises(ValueError, match=r"(?i)image"):
         list(model.stream(question._replace(images=question.images[:1]), Decoding(20)))
 
 
@@ -114,18 +115,26 @@ def test_too_long_a_conversation_says_what_to_do_and_keeps_it(model: Llava, red:
 
 
 def test_questions_that_are_none() -> None:
-    for text, cause in (("  ", "found no text"), ("a <image>", "may not hold <image>"), ("a" * 20_001, "at most 20000 characters")):
+    for text, cause in (
+        ("  ", "found no text"),
+        ("a <image>", "may not hold <image>"),
+        ("a" * 20_001, "at most 20000 characters"),
+    ):
         with pytest.raises(UserError, match=cause):
             Dialogue().with_question(text, [])
 
 
-def test_piped_questions_and_a_bad_image(folder: Path, red: Path) -> None:
-    command = [sys.executable, "-m", "lmm", "chat", str(folder), "--image", str(red), "--device", "cpu", "--max_new_tokens", "20"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+def test_piped_questions_and_a_bad_image(
+    folder: Path, red: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = f"Which colour?\nSure?\n/image {red.parent}/none.png\nNot asked\n"
-    done = subprocess.run(command, input=lines, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and done.stdout == f"{SHOWN}\n{SHOWN}\n"
-    assert done.stderr.strip().endswith("none.png: expected an image, but there is no such file. Check the path.")
+    arguments = ["lmm", "chat", str(folder), "--image", str(red), "--device", "cpu", "--max_new_tokens", "20"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(lines))
+    assert main() == 2
+    printed = capsys.readouterr()
+    assert printed.out == f"{SHOWN}\n{SHOWN}\n"
+    assert printed.err.strip().endswith("none.png: expected an image, but there is no such file. Check the path.")
 
 
 def test_small_parts() -> None:

@@ -187,7 +187,10 @@ def test_what_cannot_be_answered_stops_the_run_or_is_left_out(model: Path, image
         ([ROWS[0], ROWS[0]], r"row 2: question_id 7 is that of row 1 too"),
         ([{"question_id": 1}], r"question 1: no text"),
         ([{"question_id": 1, "text": " <image> ", "image": "red.png"}], "no text"),
-        ([{"question_id": 1, "text": "<image> a <image>", "image": "red.png"}], r"image count \(2 <image> in the text, 1 images"),
+        (
+            [{"question_id": 1, "text": "<image> a <image>", "image": "red.png"}],
+            r"image count \(2 <image> .* 1 images",
+        ),
         ([{"question_id": 1, "text": "<image> a"}], r"1 <image> in the text, 0 images"),
         ([{"question_id": 1, "text": "a", "image": "../red.png"}], "image outside its folder"),
         ([{"question_id": 1, "messages": [{"role": "assistant", "content": "a"}]}], "roles do not alternate"),
@@ -203,7 +206,9 @@ def test_bad_questions(rows: list[Any], message: str, model: Path, images: Path,
     assert not (tmp_path / "answers.jsonl").exists() and not (tmp_path / "answers.jsonl.lock").exists()
 
 
-def test_bad_folders(model: Path, llm: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+def test_bad_folders(
+    model: Path, llm: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
+) -> None:
     with pytest.raises(UserError, match="expected model_type 'llava', found 'llama'"):
         generate(_settings(llm, tmp_path, ROWS, images))
     with pytest.raises(UserError, match="no such folder"):
@@ -224,7 +229,9 @@ def test_bad_folders(model: Path, llm: Path, images: Path, tmp_path: Path, capsy
 def test_texts_without_a_marker_get_their_images_first() -> None:
     row = parse_question({"text": "Both?", "image": ["a", "b"]}, 1, Path("f"))
     assert row.messages == [{"role": "user", "content": "<image>\n<image>\nBoth?"}] and row.images == [Path("f/a"), Path("f/b")]
-    assert parse_question({"text": "See <image> here", "image": "a"}, 1, Path("f")).messages[0]["content"] == "<image>\nSee  here"
+    assert (
+        parse_question({"text": "See <image> here", "image": "a"}, 1, Path("f")).messages[0]["content"] == "<image>\nSee  here"
+    )
     with pytest.raises(SampleFault, match="no image folder"):
         parse_question({"text": "a", "image": "a"}, 1, None)
 
