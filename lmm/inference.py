@@ -69,7 +69,11 @@ def number_format(dtype: str, device: torch.device) -> str:
 
 
 def load_whole(folder: Path, dtype: str) -> Any:
-    """A LlavaForConditionalGeneration in evaluation mode. Raises UserError when a weight is missing or misshapen, and would run at random."""
+    """A LlavaForConditionalGeneration in evaluation mode.
+
+    Raises:
+        UserError: it cannot be loaded, or a weight is missing or misshapen and would run at random.
+    """
     try:
         loaded: Any = LlavaForConditionalGeneration.from_pretrained(
             folder, local_files_only=True, dtype=dtype, output_loading_info=True

@@ -21,6 +21,7 @@ from scripted_llava import make_scripted_llava
 pytest.importorskip("gradio", reason='lmm serve needs gradio: pip install "lift-toolkit[serve]"')
 
 from lift.common.errors import UserError
+from lmm.__main__ import _second_folder
 from lmm.dialogue import Dialogue
 from lmm.inference import Decoding, Llava
 from lmm.serve import Page, launch
@@ -145,6 +146,12 @@ def test_a_question_waits_for_the_last_answer_and_faults_change_nothing(page: Si
     for text, cause in (("", "found no text"), ("<image>", "may not hold"), ("long " * 200, "more than the 512")):
         with pytest.raises(Exception, match=cause):
             page.page.ask({"text": text, "files": []}, Dialogue(), Dialogue(), [], [])
+
+
+def test_the_second_folder_by_position() -> None:
+    assert _second_folder(["serve", "a", "b", "--port", "1"]) == ["serve", "a", "--against", "b", "--port", "1"]
+    for words in (["serve", "a"], ["serve", "a", "--port", "1"], ["chat", "a", "b"]):
+        assert _second_folder(words) == words
 
 
 def test_port_that_is_taken(page: SimpleNamespace) -> None:
