@@ -36,7 +36,7 @@ CONTENT_SECURITY_POLICY = (
 # Gradio's own buttons to share an image with a site elsewhere and to empty one column alone would mislead here.
 STYLE = """
 #columns .message-content { white-space: pre-wrap; overflow-wrap: anywhere }
-footer, #columns button[aria-label="Share"], #columns button[aria-label="Clear"] { display: none !important }
+footer, #columns .message-buttons-right, #columns button[aria-label="Share"], #columns button[aria-label="Clear"] { display: none !important }
 @media (max-width: 700px) { #answers0, #answers1 { height: 38vh !important } }
 """
 
@@ -152,14 +152,14 @@ class Page:
         """Takes a question into every conversation; a fault is told beside the page and changes nothing."""
         dialogues, chats = list(state[: len(self.models)]), list(state[len(self.models) :])
         if any(dialogue.waits_for_answer for dialogue in dialogues):
-            raise self._error("the last question is still being answered. Wait, or start a new conversation.")
+            return self._refused("the last question is still being answered. Wait, or start a new conversation.", state)
         try:
             images = [_decode(Path(file)) for file in box.get("files") or []]
             dialogues = [dialogue.with_question(box.get("text") or "", images) for dialogue in dialogues]
             for model, dialogue in zip(self.models, dialogues, strict=True):
                 dialogue.prompt(model, self.decoding.max_new_tokens)
         except UserError as error:
-            raise self._error(str(error)) from error
+            return self._refused(str(error), state)
         entries: list[dict[str, Any]] = [
             {"role": "user", "content": {"path": str(self._shown(image)), "alt_text": "uploaded image"}} for image in images
         ]
@@ -168,6 +168,9 @@ class Page:
 
     def answer(self, number: int, dialogue: Dialogue, chat: list[dict[str, Any]]) -> Iterator[tuple[Any, Any]]:
         """One model's answer as it grows."""
+        if not dialogue.waits_for_answer:  # the question was refused, or answered meanwhile
+            yield self.gr.skip(), self.gr.skip()
+            return
         model, text = self.models[number], ""
         prompt = dialogue.prompt(model, self.decoding.max_new_tokens)
         for piece in model.stream(prompt, self.decoding):
@@ -188,8 +191,10 @@ class Page:
             small.save(file, "PNG")
         return Path(name)
 
-    def _error(self, message: str) -> Exception:
-        return self.gr.Error(_as_text(message), title="", print_exception=False)
+    def _refused(self, message: str, state: tuple[Any, ...]) -> list[Any]:
+        """Tells it beside the page and leaves all as it is. An error of gradio's would be laid over the conversations."""
+        self.gr.Warning(_as_text(message), title="Not asked")
+        return [self.gr.skip() for _ in range(1 + len(state))]
 
 
 def _decode(path: Path) -> Image.Image:
@@ -200,7 +205,7 @@ def _decode(path: Path) -> Image.Image:
 
 
 def _as_text(text: str) -> str:
-    """HTML that shows `text` as it is: what Chatbot and Error take is HTML, which gradio cleans of scripts but interprets."""
+    """HTML that shows `text` as it is: what Chatbot and Warning take is HTML, which gradio cleans of scripts but interprets."""
     return html.escape(printable(text))
 
 
