@@ -36,7 +36,8 @@ CONTENT_SECURITY_POLICY = (
 # Gradio's own buttons to share an image with a site elsewhere and to empty one column alone would mislead here.
 STYLE = """
 #columns .message-content { white-space: pre-wrap; overflow-wrap: anywhere }
-footer, #columns .message-buttons-right, #columns button[aria-label="Share"], #columns button[aria-label="Clear"] { display: none !important }
+footer, #columns .message-buttons-right, #columns button[aria-label="Share"],
+#columns button[aria-label="Clear"] { display: none !important }
 @media (max-width: 700px) { #answers0, #answers1 { height: 38vh !important } }
 """
 
