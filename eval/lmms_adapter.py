@@ -7,6 +7,7 @@ left padding, gives the same answers (in float32), takes text-only rows, honours
 from __future__ import annotations
 
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from lmms_eval.api.model import lmms
 from lmms_eval.protocol import ChatMessages
 from PIL import Image
 from tqdm import tqdm
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor
 
 from eval.lmms_model import PROGRESS, clean_answer
+from lmm.inference import end_tokens, load_whole, longest_first
 
 
 class LiftLlava(lmms):
@@ -36,11 +38,8 @@ class LiftLlava(lmms):
         super().__init__()
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.batch_size = int(batch_size)
-        loaded: Any = LlavaForConditionalGeneration.from_pretrained(pretrained, dtype=dtype, output_loading_info=True)
-        model, loading = loaded
-        if wrong := sorted({*loading["missing_keys"], *(str(key) for key in loading["mismatched_keys"])}):
-            raise ValueError(f"{pretrained}: weights missing or of another shape, which would run at random: {wrong[:5]}")
-        self.model = model.to(self.device).eval()
+        self.model: Any = load_whole(Path(pretrained), dtype)
+        self.model.to(self.device)
         self.processor = AutoProcessor.from_pretrained(pretrained)
         self.processor.tokenizer.padding_side = "left"
         if self.processor.tokenizer.pad_token_id is None:
@@ -63,9 +62,8 @@ class LiftLlava(lmms):
         answers: dict[int, str] = {}
         with tqdm(total=len(requests), desc=PROGRESS) as progress:
             for positions in positions_by_settings.values():
-                longest_first = sorted(positions, key=lambda p: (-len(requests[p].args[0]), p))
-                for start in range(0, len(longest_first), self.batch_size):
-                    batch = longest_first[start : start + self.batch_size]
+                for places in longest_first([len(requests[p].args[0]) for p in positions], self.batch_size):
+                    batch = [positions[place] for place in places]
                     answers.update(zip(batch, self._answer([requests[p] for p in batch]), strict=True))
                     progress.update(len(batch))
         return [answers[position] for position in range(len(requests))]
@@ -99,8 +97,6 @@ class LiftLlava(lmms):
     def _generation_settings(self, settings: dict[str, Any]) -> dict[str, Any]:
         if settings.get("do_sample") or settings.get("temperature") or settings.get("num_beams", 1) != 1:
             raise ValueError(f"lift_llava decodes greedily; the task asks for {settings}")
-        configured = self.model.generation_config.eos_token_id
-        ends = {self.processor.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
         return {
             "do_sample": False,
             "temperature": None,
@@ -108,6 +104,6 @@ class LiftLlava(lmms):
             "top_k": None,
             "num_beams": 1,
             "max_new_tokens": settings.get("max_new_tokens", 1024),
-            "eos_token_id": sorted(ends - {None}) or None,
+            "eos_token_id": end_tokens(self.model, self.processor.tokenizer) or None,
             "pad_token_id": self.processor.tokenizer.pad_token_id,
         }

@@ -184,6 +184,16 @@ class ConversationEncoder:
         )
         return encoding["input_ids"], encoding["offset_mapping"]
 
+    def prompt_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """Ids up to where the next answer starts, as training sees them before an answer, of whatever length.
+
+        Raises:
+            SampleFault: the template refuses the conversation.
+        """
+        text = self._expanded(messages, add_generation_prompt=True)
+        begins_special = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+        return self.tokenizer(text, add_special_tokens=not begins_special, verbose=False)["input_ids"]
+
     def render(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
         """Text with images expanded to their tokens, and the character spans [start, stop) of the supervised parts."""
         text = self._expanded(messages)
