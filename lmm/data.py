@@ -158,11 +158,16 @@ class ConversationDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Raises UserError when a file that was good when checked no longer is."""
         row = self.rows[index]
-        conversation = parse_row(row.value, row.images_folder)
+        tokens = self.encoder.encode(parse_row(row.value, row.images_folder).messages)
+        return {"input_ids": tokens.input_ids, "labels": tokens.labels, "pixel_values": self.pixels(index)}
+
+    def pixels(self, index: int) -> torch.Tensor | None:
+        images = self.load_images(index)
+        return self.image_processor(images, return_tensors="pt")["pixel_values"] if images else None
+
+    def load_images(self, index: int) -> list[Image.Image]:
+        row = self.rows[index]
         try:
-            images = [load_image(path) for path in conversation.images]
+            return [load_image(path) for path in parse_row(row.value, row.images_folder).images]
         except SampleFault as fault:
             raise UserError(f"{row.key}: the image was readable before training and no longer is ({fault.detail}).") from fault
-        tokens = self.encoder.encode(conversation.messages)
-        pixels = self.image_processor(images, return_tensors="pt")["pixel_values"] if images else None
-        return {"input_ids": tokens.input_ids, "labels": tokens.labels, "pixel_values": pixels}

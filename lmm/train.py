@@ -23,13 +23,14 @@ from lift.common.errors import UserError
 from lift.common.files import atomic_folder, read_json, read_jsonl, require_folder, sha256_text, write_json
 from lift.common.ledger import DropLedger
 from lift.common.settings import save_settings, to_plain
-from lmm.batches import Collator
 from lmm.build import DTYPES
 from lmm.checkpoints import newest_complete, remove_incomplete
 from lmm.conversation import ConversationEncoder, load_template
 from lmm.data import ConversationDataset, Row, check_samples, describe_sources, read_sources
 from lmm.distributed import deepspeed_config, release, start_process_group
+from lmm.feature_cache import cached_dataset, take_features
 from lmm.folders import check_loads, content_hash
+from lmm.packing import make_collator
 from lmm.processor import set_aspect_ratio
 from lmm.settings import StageSettings, TrainSettings
 from lmm.trainer import METRICS, StageTrainer, freeze, training_arguments
@@ -99,18 +100,20 @@ class _Stage:
         rows = read_sources(settings.data)
         self.rows, self.supervised_tokens = check_samples(rows, self.encoder, self.ledger, settings.workers, rank, world_size)
         self._report(rows)
+        dataset = ConversationDataset(self.rows, self.encoder, self.processor.image_processor)
+        if settings.cache_features:  # before training_arguments, after which ZeRO-3 would partition the tower
+            dataset = cached_dataset(dataset, settings, model, llava, rank, world_size)
         arguments = training_arguments(settings, work, config)
         self.model = load_llava(model, settings.precision)
         freeze(self.model, settings.trainable)
-        vision: Any = llava.vision_config
+        if settings.cache_features:
+            take_features(llava, self.model.model.vision_tower)
         self.trainer = StageTrainer(
             settings,
             args=arguments,
             model=self.model,
-            train_dataset=ConversationDataset(self.rows, self.encoder, self.processor.image_processor),
-            data_collator=Collator(
-                self.processor.tokenizer.pad_token_id, llava.image_token_id, tokens_per_image(llava), vision.image_size
-            ),
+            train_dataset=dataset,
+            data_collator=make_collator(settings, llava, self.model, self.processor.tokenizer.pad_token_id),
         )
 
     def _report(self, rows: list[Row]) -> None:
@@ -181,6 +184,7 @@ def stage_identity(model: Path, settings: StageSettings, config: dict[str, Any])
     deciding = {
         key: value for key, value in stage_settings(settings).items() if key not in FREE_TO_CHANGE | {"data", "deepspeed"}
     }
+    deciding["cache_features"] = settings.cache_features is not None  # where they lie does not matter, their rounding does
     records = [model / name for name in ("build.json", "train.json") if (model / name).is_file()]
     origin = read_json(records[0]) if records else {}
     data = describe_sources(settings.data)

@@ -14,8 +14,9 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lift.common.files import read_whole_rows, write_jsonl
-from lmm.batches import EpochSampler
+from lmm.batches import EpochSampler, make_sampler
 from lmm.checkpoints import mark_complete
+from lmm.packing import attention_of, refuse_leaks
 from lmm.settings import StageSettings
 
 PROJECTOR = "multi_modal_projector."
@@ -75,7 +76,9 @@ class StageTrainer(Trainer):
 
     def __init__(self, settings: StageSettings, *, args: TrainingArguments, **keywords: Any) -> None:
         self.settings = settings
-        self.sampler = EpochSampler(len(keywords["train_dataset"]), settings.seed)
+        batches_per_step = args.world_size * settings.gradient_accumulation
+        self.sampler = make_sampler(settings, keywords["train_dataset"].rows, batches_per_step)
+        self.packing_to_check = settings.packing
         super().__init__(args=args, **keywords)
         self.add_callback(_EachEpochAndLastStep(self.sampler))
         if args.process_index == 0:
@@ -87,8 +90,18 @@ class StageTrainer(Trainer):
     def compute_loss(self, model: nn.Module, *args: Any, **keywords: Any) -> Any:
         # Trainer puts the whole model in training mode at each step; a frozen tower must not drop out.
         llava: Any = self.model
+        if self.packing_to_check:
+            self.packing_to_check = False
+            self._check_packing(model)
         llava.model.vision_tower.eval()
         return super().compute_loss(model, *args, **keywords)
+
+    def _check_packing(self, model: nn.Module) -> None:
+        llava: Any = self.model
+        model.eval()
+        vocabulary = llava.get_input_embeddings().num_embeddings
+        refuse_leaks(lambda **inputs: model(**inputs).logits, vocabulary, self.args.device, attention_of(llava))
+        model.train()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with up to four groups: projector or not, weight decay or not."""

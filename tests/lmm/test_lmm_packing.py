@@ -1,0 +1,157 @@
+"""Packing: rows are full and whole, and neither loss nor gradients nor a whole run differ from those without it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import GPT2Config, GPT2LMHeadModel, LlavaForConditionalGeneration, MistralConfig, MistralForCausalLM
+
+from lift.common.errors import UserError
+from lift.common.files import read_json
+from lmm.batches import Collator
+from lmm.build import build
+from lmm.conversation import IGNORED_LABEL
+from lmm.packing import PackingCollator, pack, refuse_leaks
+from lmm.settings import BuildSettings, ConversationSource, InstructionTuningSettings
+from lmm.train import train_stage
+
+torch.set_num_threads(1)
+SHAPE = {"pad_id": 0, "image_token_id": 3, "tokens_per_image": 16, "image_shape": (3, 32, 32)}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model(tower: Path, llm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(BuildSettings(vision_tower=tower, llm=llm, out=tmp_path_factory.mktemp("packing") / "model"))
+
+
+def sample(length: int, images: int = 0, seed: int = 0) -> dict[str, Any]:
+    """Random text after the images' tokens; the second half is supervised."""
+    generator = torch.Generator().manual_seed(100 * length + seed)
+    text = torch.randint(10, 200, (length,), generator=generator).tolist()
+    ids = [3] * 16 * images + text
+    half = len(ids) - length // 2
+    pixels = torch.randn(images, 3, 32, 32, generator=generator) if images else None
+    return {"input_ids": ids, "labels": [IGNORED_LABEL] * half + ids[half:], "pixel_values": pixels}
+
+
+MIXED = [sample(30, 1), sample(9), sample(17, 2), sample(40), sample(5, 1), sample(22, 1, seed=1), sample(12)]
+TEXT = [sample(30), sample(9), sample(17)]
+
+
+def test_rows_hold_every_sample_once_within_the_limit_and_almost_full() -> None:
+    lengths = np.random.default_rng(0).integers(20, 2048, 200).tolist()
+    rows = pack(lengths, 2048)
+    assert sorted(index for row in rows for index in row) == list(range(200))
+    filled = [sum(lengths[index] for index in row) for row in rows]
+    assert max(filled) <= 2048
+    assert sum(filled) / (max(filled) * len(rows)) > 0.97
+    assert pack(lengths, 2048) == rows
+
+
+def test_few_samples_share_rows_evenly() -> None:
+    assert pack([50, 40, 30, 30], 100) == [[0, 3], [1, 2]]
+    assert pack([10, 10, 10, 10], 100) == [[0, 1, 2, 3]]
+    assert pack([90, 20, 20], 100) == [[0], [1, 2]]
+    assert pack([300, 20], 100) == [[0], [1]]
+
+
+def test_positions_restart_and_no_sample_predicts_the_next() -> None:
+    first, second = sample(6), sample(4, 1)
+    first["labels"] = list(first["input_ids"])
+    batch = PackingCollator(**SHAPE, max_length=64)([first, second])
+    assert batch["input_ids"].tolist() == [first["input_ids"] + second["input_ids"]]
+    assert batch["position_ids"].tolist() == [[*range(6), *range(20)]]
+    assert batch["labels"][0, 0] == IGNORED_LABEL
+    assert batch["labels"][0, 1:].tolist() == first["labels"][1:] + second["labels"]
+    assert torch.equal(batch["pixel_values"], second["pixel_values"])
+    assert "attention_mask" not in batch
+
+
+def test_images_follow_the_order_of_their_tokens() -> None:
+    batch = PackingCollator(**SHAPE, max_length=60)(MIXED)
+    expected = []
+    for row in pack([len(one["input_ids"]) for one in MIXED], 60):
+        expected += [MIXED[index]["pixel_values"] for index in row if MIXED[index]["pixel_values"] is not None]
+    assert torch.equal(batch["pixel_values"], torch.cat(expected))
+    assert int((batch["input_ids"] == 3).sum()) == 16 * 5
+
+
+def loss_and_gradients(model: Any, batch: dict[str, Any], supervised: int) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = model(**batch, num_items_in_batch=torch.tensor(supervised)).loss
+    loss.backward()
+    return float(loss), {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("samples", [MIXED, TEXT], ids=["mixed", "text"])
+@pytest.mark.parametrize("one_row", [False, True])
+def test_loss_and_gradients_equal_those_of_the_padded_batch(
+    attention: str, samples: list[dict[str, Any]], one_row: bool, model: Path
+) -> None:
+    llava = LlavaForConditionalGeneration.from_pretrained(model, attn_implementation=attention).eval()
+    supervised = sum(label != IGNORED_LABEL for one in samples for label in one["labels"])
+    padded = Collator(**SHAPE)(samples)
+    packed = PackingCollator(**SHAPE, max_length=80, one_row=one_row)(samples)
+    assert packed["input_ids"].numel() < padded["input_ids"].numel()
+    loss, gradients = loss_and_gradients(llava, padded, supervised)
+    packed_loss, packed_gradients = loss_and_gradients(llava, packed, supervised)
+    assert packed_loss == pytest.approx(loss, abs=1e-5)
+    assert packed_gradients.keys() == gradients.keys()
+    assert any("multi_modal_projector" in name for name in gradients)
+    for name, value in gradients.items():
+        assert torch.allclose(packed_gradients[name], value, atol=1e-5, rtol=1e-4), name
+    if samples is TEXT:
+        assert all(not packed_gradients[name].any() for name in gradients if "multi_modal_projector" in name)
+
+
+def test_with_a_cache_samples_would_leak_and_the_check_says_so(model: Path) -> None:
+    llava = LlavaForConditionalGeneration.from_pretrained(model).eval()
+    refuse_leaks(lambda **inputs: llava(**inputs).logits, 200, CPU, "sdpa")
+    with pytest.raises(UserError, match="see each other"):
+        refuse_leaks(lambda **inputs: llava(**(inputs | {"use_cache": True})).logits, 200, CPU, "sdpa")
+    with pytest.raises(UserError, match="see each other"):
+        refuse_leaks(lambda input_ids, **_: llava(input_ids=input_ids, use_cache=False).logits, 200, CPU, "sdpa")
+
+
+def test_sliding_windows_and_learned_positions_do_not_leak() -> None:
+    shape = {"vocab_size": 50, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32}
+    window = MistralForCausalLM(MistralConfig(**shape, hidden_size=16, num_hidden_layers=2, sliding_window=4)).eval()
+    learned = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32)).eval()
+    for one in (window, learned):
+        refuse_leaks(lambda one=one, **inputs: one(**inputs).logits, 50, CPU, "sdpa")
+
+
+@pytest.fixture(scope="module")
+def stage(data: Path) -> InstructionTuningSettings:
+    source = ConversationSource(annotations=data / "chat.json", images=data / "images")
+    return InstructionTuningSettings(
+        data=[source], epochs=2, batch_size=3, gradient_accumulation=2, workers=0, logging_steps=1, learning_rate=3e-3,
+        max_length=200,
+    )  # fmt: skip
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in read_json(folder / "train.json")["losses"]]
+
+
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_a_packed_run_has_the_losses_of_the_padded_one(
+    zero_stage: int, model: Path, stage: InstructionTuningSettings, tmp_path: Path
+) -> None:
+    pytest.importorskip("deepspeed")
+    settings = dataclasses.replace(stage, zero_stage=zero_stage)
+    padded = train_stage(model, tmp_path / "padded", settings)
+    packed = train_stage(model, tmp_path / "packed", dataclasses.replace(settings, packing=True))
+    assert len(losses(packed)) == 4
+    assert losses(packed) == pytest.approx(losses(padded), abs=1e-5)
+    one, two = load_file(padded / "model.safetensors"), load_file(packed / "model.safetensors")
+    assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-4
+    assert read_json(packed / "train.json")["fingerprint"] != read_json(padded / "train.json")["fingerprint"]
