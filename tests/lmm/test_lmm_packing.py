@@ -46,7 +46,7 @@ TEXT = [sample(30), sample(9), sample(17)]
 
 
 def test_rows_hold_every_sample_once_within_the_limit_and_almost_full() -> None:
-    lengths = np.random.default_rng(0).integers(20, 2048, 200).tolist()
+    lengths = np.random.default_rng(0).integers(20, 1000, 200).tolist()
     rows = pack(lengths, 2048)
     assert sorted(index for row in rows for index in row) == list(range(200))
     filled = [sum(lengths[index] for index in row) for row in rows]
