@@ -1,32 +1,38 @@
 """Packing: several samples in one row, with attention that does not cross from one to the next.
 
 In: the samples of one micro-batch. Out: its tensors with fewer, fuller rows. A micro-batch holds the same samples as without
-packing, so that its loss and gradient are the same up to rounding; only the padding is gone. transformers finds where a sample
-begins from `position_ids` that restart, when there is neither `attention_mask` nor cache; from them it builds the
-block-diagonal mask of eager, SDPA and FlexAttention (also within sliding windows) and the sequence lengths of flash-attention.
-Whether a language model follows is not taken from its name but tried: `refuse_leaks`.
+packing, so that its loss and gradient are the same up to rounding; only the padding is gone. Where a sample begins is told by
+`position_ids` that restart, without `attention_mask` or cache. From them transformers builds the block-diagonal mask of eager,
+SDPA and FlexAttention (also within sliding windows), and the sequence lengths of flash-attention. SDPA of models with full
+attention is run sample by sample instead (`packed_sdpa`): it and flash-attention take the whole micro-batch as one row without
+padding. Whether a language model follows is not taken from its name but tried: `refuse_leaks`.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
-from transformers import LlavaConfig
+from transformers import AttentionInterface, LlavaConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lift.common.errors import UserError
 from lmm.batches import Collator
 from lmm.conversation import IGNORED_LABEL
 from lmm.settings import StageSettings
 
+PACKED_SDPA = "packed_sdpa"
+
 
 def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
-    """Divides samples among rows of at most `max_length` tokens: as few as first-fit-decreasing finds, as even as can be.
+    """Divides samples among rows of at most `max_length` tokens so that rows times the longest row is smallest.
 
-    Even rows matter because the shorter ones are padded to the longest. So the samples are dealt out again over that number of
-    rows, longest first, each to the emptiest one; should one overflow, the rows of first-fit-decreasing stay.
+    First-fit-decreasing tells how few rows will do. From there on each number of rows is tried with the samples dealt out
+    evenly, longest first, each to the emptiest row: a row more is often shorter by more than what it adds.
 
     Returns:
         Per row the indices of its samples in rising order. A sample longer than `max_length` has a row of its own.
@@ -42,13 +48,52 @@ def pack(lengths: Sequence[int], max_length: int) -> list[list[int]]:
             filled.append(0)
         rows[row].append(index)
         filled[row] += lengths[index]
-    even: list[list[int]] = [[] for _ in rows]
-    tokens = [0] * len(rows)
-    for index in by_length:
-        row = tokens.index(min(tokens))
-        even[row].append(index)
-        tokens[row] += lengths[index]
-    return [sorted(row) for row in (even if max(tokens) < max(filled) else rows)]
+    best, limit = (len(rows) * max(filled), rows), max(max_length, max(lengths))
+    for count in range(len(rows), len(lengths) + 1):
+        if count * max(lengths) >= best[0]:
+            break
+        even: list[list[int]] = [[] for _ in range(count)]
+        emptiest = [(0, row) for row in range(count)]
+        for index in by_length:
+            tokens, row = emptiest[0]
+            even[row].append(index)
+            heapq.heapreplace(emptiest, (tokens + lengths[index], row))
+        width = max(emptiest)[0]
+        if width <= limit and count * width < best[0]:
+            best = count * width, even
+    return [sorted(row) for row in best[1]]
+
+
+def packed_sdpa(
+    module: torch.nn.Module,
+    query_1HLD: torch.Tensor,
+    key_1HLD: torch.Tensor,
+    value_1HLD: torch.Tensor,
+    attention_mask: None,
+    position_ids: torch.Tensor | None = None,
+    **keywords: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal SDPA sample by sample within one row: no mask, and none of the work that a mask would discard.
+
+    An attention implementation of transformers, under the name PACKED_SDPA. `position_ids`, int64 [1, length], restart at each
+    sample; the result is [1, length, heads, head dimension].
+
+    Raises:
+        UserError: the model does not hand `position_ids` to its attention.
+    """
+    if position_ids is None or position_ids.shape != (1, query_1HLD.shape[2]):
+        raise UserError("packing: this language model does not tell its attention where samples begin. Train without packing.")
+    starts = (position_ids[0] == 0).nonzero().flatten().tolist()
+    lengths = [stop - start for start, stop in pairwise([*starts, query_1HLD.shape[2]])]
+    queries, keys, values = (tensor.split(lengths, dim=2) for tensor in (query_1HLD, key_1HLD, value_1HLD))
+    parts = [
+        sdpa_attention_forward(module, query, key, value, None, **keywords)[0]
+        for query, key, value in zip(queries, keys, values, strict=True)
+    ]
+    return torch.cat(parts, dim=1), None
+
+
+AttentionInterface.register(PACKED_SDPA, packed_sdpa)
 
 
 @dataclass(frozen=True)
@@ -107,13 +152,27 @@ def make_collator(settings: StageSettings, llava: LlavaConfig, model: Any, pad_i
     image_shape = (tokens, vision.hidden_size) if settings.cache_features else pixels
     if not settings.packing:
         return Collator(pad_id, llava.image_token_id, tokens, image_shape)
-    flash = "flash" in attention_of(model)
-    return PackingCollator(pad_id, llava.image_token_id, tokens, image_shape, settings.max_length, one_row=flash)
+    one_row = use_packed_attention(model)
+    return PackingCollator(pad_id, llava.image_token_id, tokens, image_shape, settings.max_length, one_row)
+
+
+def use_packed_attention(model: Any) -> bool:
+    """Sets a LLaVA model's language model to PACKED_SDPA where that does what its SDPA does: with full attention in all layers.
+
+    Returns:
+        Whether all samples of a micro-batch belong in one row: with PACKED_SDPA and flash-attention.
+    """
+    config = model.get_decoder().config
+    full = set(getattr(config, "layer_types", None) or []) <= {"full_attention"}
+    windowed = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    if config._attn_implementation == "sdpa" and full and not windowed:
+        config._attn_implementation = PACKED_SDPA
+    return config._attn_implementation == PACKED_SDPA or "flash" in config._attn_implementation
 
 
 def attention_of(model: Any) -> str:
     """Name of the language model's attention implementation."""
-    return str(model.config.get_text_config()._attn_implementation)
+    return str(model.get_decoder().config._attn_implementation)
 
 
 @torch.no_grad()

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlavaForConditionalGeneration, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, LlavaForConditionalGeneration, MistralConfig, Qwen2Config
 
 from lift.common.errors import UserError
 from lift.common.files import read_json
 from lmm.batches import Collator
 from lmm.build import build
 from lmm.conversation import IGNORED_LABEL
-from lmm.packing import PackingCollator, pack, refuse_leaks
+from lmm.packing import PackingCollator, pack, refuse_leaks, use_packed_attention
 from lmm.settings import BuildSettings, ConversationSource, InstructionTuningSettings
 from lmm.train import train_stage
 
@@ -90,18 +90,19 @@ def loss_and_gradients(model: Any, batch: dict[str, Any], supervised: int) -> tu
     return float(loss), {name: value.grad.clone() for name, value in model.named_parameters() if value.grad is not None}
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa", "packed_sdpa"])
 @pytest.mark.parametrize("samples", [MIXED, TEXT], ids=["mixed", "text"])
-@pytest.mark.parametrize("one_row", [False, True])
-def test_loss_and_gradients_equal_those_of_the_padded_batch(
-    attention: str, samples: list[dict[str, Any]], one_row: bool, model: Path
-) -> None:
-    llava = LlavaForConditionalGeneration.from_pretrained(model, attn_implementation=attention).eval()
+def test_loss_and_gradients_equal_those_of_the_padded_batch(attention: str, samples: list[dict[str, Any]], model: Path) -> None:
+    started_as = attention.removeprefix("packed_")
+    llava: Any = LlavaForConditionalGeneration.from_pretrained(model, attn_implementation=started_as).eval()
     supervised = sum(label != IGNORED_LABEL for one in samples for label in one["labels"])
     padded = Collator(**SHAPE)(samples)
-    packed = PackingCollator(**SHAPE, max_length=80, one_row=one_row)(samples)
+    packed = PackingCollator(**SHAPE, max_length=80, one_row=attention == "packed_sdpa")(samples)
     assert packed["input_ids"].numel() < padded["input_ids"].numel()
     loss, gradients = loss_and_gradients(llava, padded, supervised)
+    if attention == "packed_sdpa":
+        assert use_packed_attention(llava)
+        assert packed["input_ids"].shape[0] == 1
     packed_loss, packed_gradients = loss_and_gradients(llava, packed, supervised)
     assert packed_loss == pytest.approx(loss, abs=1e-5)
     assert packed_gradients.keys() == gradients.keys()
@@ -121,12 +122,36 @@ def test_with_a_cache_samples_would_leak_and_the_check_says_so(model: Path) -> N
         refuse_leaks(lambda input_ids, **_: llava(input_ids=input_ids, use_cache=False).logits, 200, CPU, "sdpa")
 
 
-def test_sliding_windows_and_learned_positions_do_not_leak() -> None:
-    shape = {"vocab_size": 50, "num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 32}
-    window = MistralForCausalLM(MistralConfig(**shape, hidden_size=16, num_hidden_layers=2, sliding_window=4)).eval()
-    learned = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32)).eval()
-    for one in (window, learned):
-        refuse_leaks(lambda one=one, **inputs: one(**inputs).logits, 50, CPU, "sdpa")
+class Language(torch.nn.Module):
+    """A language model where a LLaVA model would have it."""
+
+    def __init__(self, language_model: Any) -> None:
+        super().__init__()
+        self.language_model = language_model
+
+    def get_decoder(self) -> Any:
+        return self.language_model.base_model
+
+
+SIZES = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "one_row"),
+    [
+        (MistralConfig(**SIZES, **HEADS, sliding_window=4), False),
+        (MistralConfig(**SIZES, **HEADS, sliding_window=None), True),
+        (Qwen2Config(**SIZES, **HEADS), True),
+        (GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32), True),
+    ],
+    ids=["sliding window", "full attention, grouped queries", "Qwen", "learned positions"],
+)
+def test_kinds_of_language_models_do_not_leak(config: Any, one_row: bool) -> None:
+    model = Language(AutoModelForCausalLM.from_config(config).eval())
+    refuse_leaks(lambda **inputs: model.language_model(**inputs).logits, 50, CPU, "sdpa")
+    assert use_packed_attention(model) is one_row
+    refuse_leaks(lambda **inputs: model.language_model(**inputs).logits, 50, CPU, "packed_sdpa")
 
 
 @pytest.fixture(scope="module")
@@ -154,4 +179,5 @@ def test_a_packed_run_has_the_losses_of_the_padded_one(
     assert losses(packed) == pytest.approx(losses(padded), abs=1e-5)
     one, two = load_file(padded / "model.safetensors"), load_file(packed / "model.safetensors")
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-4
+    assert "packed" not in (packed / "config.json").read_text()
     assert read_json(packed / "train.json")["fingerprint"] != read_json(padded / "train.json")["fingerprint"]
