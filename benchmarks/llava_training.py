@@ -6,7 +6,7 @@ samples. Figures are medians over rounds, ratios are taken within a round. Steps
 collators, frozen tower, projector and language model with AdamW) without DeepSpeed, on random weights. On a CPU seconds are
 CPU-seconds of the process, so that other jobs matter less.
 
-    python benchmarks/llava_training.py [--scale small|large] [--rounds 5] [--lengths FILE] [--cache] [--out result.json]
+    python benchmarks/llava_training.py [--scale small|large] [--rounds 3] [--lengths FILE] [--cache] [--out result.json]
 
 `--lengths` takes a JSON list of [tokens, images] per sample; `--cache` adds stage 1 with the tower's features from disk.
 `small` is for a CPU: a quarter of the tokens of LLaVA-1.5 everywhere (144 per image, rows of 512). `large` needs a GPU:
@@ -220,7 +220,7 @@ def compare(scale: Scale, lengths: list[tuple[int, int]], rounds: int) -> dict[s
     return result
 
 
-def compare_cache(scale: Scale, rounds: int, captions: int = 64) -> dict[str, Any]:
+def compare_cache(scale: Scale, rounds: int, captions: int = 32) -> dict[str, Any]:
     """Seconds of stage 1 (projector only, one image a sample) for `captions` samples: tower run, or features from disk."""
     model, batches = build(scale), []
     model.model.language_model.requires_grad_(False)
@@ -266,7 +266,7 @@ def compare_cache(scale: Scale, rounds: int, captions: int = 64) -> dict[str, An
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", choices=SCALES, default="large" if DEVICE.type == "cuda" else "small")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--lengths", type=Path, help="JSON list of [tokens, images], in place of the made-up mix")
     parser.add_argument("--cache", action="store_true", help="also stage 1 with cached features")
     parser.add_argument("--out", type=Path, help="JSON file for the figures")
