@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import Sampler
 
 from lmm.conversation import IGNORED_LABEL
-from lmm.data import Row
+from lmm.rows import Rows
 from lmm.settings import StageSettings
 
 STEPS_PER_WINDOW = 50
@@ -151,9 +151,9 @@ class BalancedSampler(EpochSampler):
         return batches
 
 
-def make_sampler(settings: StageSettings, rows: Sequence[Row], batches_per_step: int) -> EpochSampler:
+def make_sampler(settings: StageSettings, rows: Rows, batches_per_step: int) -> EpochSampler:
     """The sampler of a stage; `batches_per_step` counts the micro-batches of an optimizer step over all processes."""
-    lengths, images = [row.length for row in rows], [row.images for row in rows]
+    lengths, images = rows.lengths.tolist(), rows.images.tolist()
     if settings.batching == "grouped":
         sampler: EpochSampler = GroupedSampler(lengths, images, settings.seed, settings.batch_size, batches_per_step)
     else:

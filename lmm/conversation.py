@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 
 from lift.common.errors import UserError
+from lmm.faults import SampleFault
+from lmm.images import FolderImages, ImageReference, ImageStore, StoredImage
 
 IMAGE_MARKER = "<image>"
 IGNORED_LABEL = -100
@@ -21,19 +23,12 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 TEMPLATE_FOLDER = Path(__file__).parent / "chat_templates"
 
 
-class SampleFault(Exception):
-    """Why one sample cannot be used: `cause` is counted, `detail` is for the reader of the ledger."""
-
-    def __init__(self, cause: str, detail: str = "") -> None:
-        super().__init__(cause, detail)
-        self.cause, self.detail = cause, detail
-
-
 @dataclass(frozen=True)
 class Conversation:
     messages: list[dict[str, str]]
     """`role` (system, user, assistant) and `content`, in which `<image>` marks where an image stands."""
-    images: list[Path]
+    images: list[ImageReference]
+    """In the order of their markers."""
 
 
 class Tokens(NamedTuple):
@@ -41,31 +36,57 @@ class Tokens(NamedTuple):
     labels: list[int]
 
 
-def parse_row(row: Any, images_folder: Path | None) -> Conversation:
-    """Checks one row of a LLaVA file. A turn's single `<image>` moves to its front, as in LLaVA and as in inference prompts.
+def parse_row(row: Any, images: ImageStore | Path | None) -> Conversation:
+    """Checks one row. A turn's single `<image>` moves to its front, as in LLaVA and as in inference prompts.
+
+    Args:
+        row: LLaVA's form (`conversations` with `from`, `value`; `image`) or that of chat datasets (`messages` with `role`,
+            `content`, which is text or a list of parts; `images`).
+        images: where the images that the row names are, or the folder that holds them; None when there is no such place.
 
     Raises:
         SampleFault: malformed row, unknown or misplaced role, empty answer, `<image>` count that differs from the images.
     """
-    if not isinstance(row, dict) or not isinstance(row.get("conversations"), list) or not row["conversations"]:
-        raise SampleFault("malformed row", "expected an object with a non-empty list `conversations`")
+    turns = row.get("conversations", row.get("messages")) if isinstance(row, dict) else None
+    if not isinstance(turns, list) or not turns:
+        raise SampleFault("malformed row", "expected an object with a non-empty list `conversations` or `messages`")
     messages = []
-    for turn in row["conversations"]:
-        if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
-            raise SampleFault("malformed row", "expected turns with `from` and a text `value`")
-        if turn.get("from") not in ROLES:
-            raise SampleFault("unknown role", repr(turn.get("from")))
-        messages.append({"role": ROLES[turn["from"]], "content": turn["value"]})
+    for turn in turns:
+        role, text = _turn(turn)
+        if not isinstance(role, str) or role not in ROLES:
+            raise SampleFault("unknown role", repr(role))
+        messages.append({"role": ROLES[role], "content": text})
     _check_order(messages)
-    images = _image_paths(row.get("image"), images_folder)
     markers = sum(message["content"].count(IMAGE_MARKER) for message in messages)
-    if markers != len(images):
-        raise SampleFault("image count", f"{markers} {IMAGE_MARKER} in the text, {len(images)} images")
+    found = _images_of(row, FolderImages(images) if isinstance(images, Path) else images)
+    if markers != len(found):
+        raise SampleFault("image count", f"{markers} {IMAGE_MARKER} in the text, {len(found)} images")
     for message in messages:
         if message["content"].count(IMAGE_MARKER) == 1:
             rest = message["content"].replace(IMAGE_MARKER, "").strip()
             message["content"] = f"{IMAGE_MARKER}\n{rest}".strip()
-    return Conversation(messages, images)
+    return Conversation(messages, found)
+
+
+def _turn(turn: Any) -> tuple[Any, str]:
+    """Role and text of a turn in either form."""
+    if not isinstance(turn, dict):
+        raise SampleFault("malformed row", "expected turns with `from` and a text `value`, or `role` and `content`")
+    content = turn.get("value", turn.get("content"))
+    if isinstance(content, list):
+        content = "".join(_part_text(part) for part in content)
+    if not isinstance(content, str):
+        raise SampleFault("malformed row", "expected turns with `from` and a text `value`, or `role` and `content`")
+    return turn.get("from", turn.get("role")), content
+
+
+def _part_text(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "image":
+        return f"{IMAGE_MARKER}\n"
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    raise SampleFault("unknown content part", f"expected parts of type `text` or `image`, found {str(part)[:80]!r}")
 
 
 def _check_order(messages: list[dict[str, str]]) -> None:
@@ -84,18 +105,22 @@ def _check_order(messages: list[dict[str, str]]) -> None:
         raise SampleFault("no answer")
 
 
-def _image_paths(value: Any, folder: Path | None) -> list[Path]:
-    names = [] if value is None else value if isinstance(value, list) else [value]
-    if names and folder is None:
-        raise SampleFault("no image folder", "the row has an image, but its source names no folder `images`")
-    paths = []
-    for name in names:
-        if not isinstance(name, str) or not name:
-            raise SampleFault("malformed row", "expected `image` to be a relative path or a list of them")
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise SampleFault("image outside its folder", name)
-        paths.append(Path(folder or "", name))
-    return paths
+def _images_of(row: dict[str, Any], images: ImageStore | None) -> list[ImageReference]:
+    value = row.get("image", row.get("images"))
+    named = [] if value is None else value if isinstance(value, list) else [value]
+    return [_image_reference(name, images) for name in named]
+
+
+def _image_reference(value: Any, images: ImageStore | None) -> ImageReference:
+    if isinstance(value, dict):  # as `datasets` stores an image
+        if isinstance(value.get("bytes"), bytes) and value["bytes"]:
+            return StoredImage(str(value.get("path") or "image in the row"), value["bytes"])
+        value = value.get("path")
+    if not isinstance(value, str) or not value:
+        raise SampleFault("malformed row", "expected an image as a relative path, or its bytes, or a list of them")
+    if images is None:
+        raise SampleFault("no image folder", "the row names an image, but its source names no folder or tar `images`")
+    return images.find(value)
 
 
 def load_template(name: str) -> str:
@@ -121,6 +146,7 @@ class ConversationEncoder:
         self.template_name = template_name
         self.image_text = image_token * tokens_per_image
         self.image_token = image_token
+        self.image_id = tokenizer.convert_tokens_to_ids(image_token)
         self.max_length = max_length
         probe = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "PROBE"}]
         self.content_as_parts = "PROBE" not in self._apply(probe, add_generation_prompt=False)
@@ -132,22 +158,38 @@ class ConversationEncoder:
             SampleFault: the template refuses the conversation, nothing is supervised, or it is longer than max_length.
             UserError: the template rewrites earlier turns, so that answers cannot be told from the rest.
         """
+        tokens = self.tokens(messages)
+        self.require_length(tokens)
+        return tokens
+
+    def require_length(self, tokens: Tokens) -> None:
+        """Raises SampleFault when it is longer than max_length; nothing is ever cut, least of all inside an image."""
+        if len(tokens.input_ids) > self.max_length:
+            raise SampleFault("longer than max_length", f"{len(tokens.input_ids)} tokens")
+
+    def tokens(self, messages: list[dict[str, str]]) -> Tokens:
+        """As `encode`, however long the conversation is."""
         text, spans = self.render(messages)
-        begins_special = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
-        encoding = self.tokenizer(
-            text, add_special_tokens=not begins_special, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-        )
-        input_ids = encoding["input_ids"]
-        if len(input_ids) > self.max_length:
-            raise SampleFault("longer than max_length", f"{len(input_ids)} tokens")
-        supervised = [any(begin < stop and end > start for start, stop in spans) for begin, end in encoding["offset_mapping"]]
+        input_ids, offsets = self.tokenize(text)
+        supervised = [any(begin < stop and end > start for start, stop in spans) for begin, end in offsets]
         if not any(supervised):
             raise SampleFault("nothing supervised")
         return Tokens(input_ids, [i if used else IGNORED_LABEL for i, used in zip(input_ids, supervised, strict=True)])
 
+    def tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids of the rendered text, and the characters [start, stop) that each stands for."""
+        begins_special = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
+        encoding = self.tokenizer(
+            text, add_special_tokens=not begins_special, return_offsets_mapping=True, return_attention_mask=False, verbose=False
+        )
+        return encoding["input_ids"], encoding["offset_mapping"]
+
     def render(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
         """Text with images expanded to their tokens, and the character spans [start, stop) of the supervised parts."""
         text = self._expanded(messages)
+        markers = sum(message["content"].count(IMAGE_MARKER) for message in messages)
+        if text.count(self.image_token) * len(self.image_token) != markers * len(self.image_text):
+            raise SampleFault("image tokens", f"{markers} images, other numbers of {self.image_token} in the rendered text")
         spans = []
         for number, message in enumerate(messages):
             if message["role"] == "assistant":

@@ -6,8 +6,6 @@ drop ledger.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,72 +14,17 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from lift.common.errors import UserError
-from lift.common.files import read_json, read_jsonl, require_folder, sha256_file, sha256_text
-from lift.common.images import ImageFault, decode_image
 from lift.common.ledger import DropLedger
-from lmm.conversation import IGNORED_LABEL, ConversationEncoder, SampleFault, parse_row
-from lmm.settings import ConversationSource
+from lmm.conversation import IGNORED_LABEL, ConversationEncoder, parse_row
+from lmm.faults import SampleFault
+from lmm.images import load_image
+from lmm.rows import Row, Rows, describe_sources, read_sources
 
+__all__ = ["Row", "Rows", "describe_sources", "load_image", "read_sources"]
+"""What was here before and others import from here; the rest of this module is public too."""
 
-@dataclass(frozen=True)
-class Row:
-    key: str
-    """Unique name for the ledger: file, position and `id` of the row."""
-    value: Any
-    images_folder: Path | None
-    length: int = 0
-    """Tokens, image tokens included; known once the row was checked, as is `images`."""
-    images: int = 0
-
-
-def read_sources(sources: list[ConversationSource]) -> list[Row]:
-    """All rows of all sources, in order. Raises UserError for a file that is missing, not JSON, not a list, or empty."""
-    rows = []
-    for source in sources:
-        read = read_jsonl if source.annotations.suffix == ".jsonl" else read_json
-        values = read(source.annotations, "conversations in LLaVA's format")
-        if not isinstance(values, list) or not values:
-            raise UserError(f"{source.annotations}: expected a non-empty list of conversations, found something else.")
-        if source.images is not None:
-            require_folder(source.images, "the images of " + source.annotations.name)
-        for number, value in enumerate(values):
-            name = value.get("id", "") if isinstance(value, dict) else ""
-            rows.append(Row(f"{source.annotations}#{number}:{name}", value, source.images))
-    return rows
-
-
-def describe_sources(sources: list[ConversationSource]) -> list[dict[str, Any]]:
-    """Identity of the data: sha256 of each annotation file, and of the names and sizes of the images it names."""
-    described = []
-    for source in sources:
-        names: set[str] = set()
-        for row in read_sources([source]):
-            value = row.value.get("image") if isinstance(row.value, dict) else None
-            names.update(str(name) for name in (value if isinstance(value, list) else [value]) if name)
-        lines = [f"{name} {_size(Path(source.images or '', name))}" for name in sorted(names)]
-        described.append(
-            {
-                "annotations": str(source.annotations),
-                "annotations_sha256": sha256_file(source.annotations),
-                "images": len(names),
-                "images_sha256": sha256_text("\n".join(lines)),
-            }
-        )
-    return described
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.is_file() else -1
-
-
-def load_image(path: Path) -> Image.Image:
-    """RGB image, wholly decoded. Raises SampleFault when the file is missing or cannot be decoded to its end."""
-    try:
-        return decode_image(path)
-    except FileNotFoundError as error:
-        raise SampleFault("missing image", str(path)) from error
-    except ImageFault as error:
-        raise SampleFault("undecodable image", f"{path}: {error}") from error
+NOTHING_SUPERVISED = "nothing supervised"
+TOO_LONG = "longer than max_length"
 
 
 class Check(NamedTuple):
@@ -97,35 +40,39 @@ class Check(NamedTuple):
 class _Checks(Dataset[Check]):
     """Checks row by row."""
 
-    def __init__(self, rows: list[Row], encoder: ConversationEncoder) -> None:
-        self.rows, self.encoder = rows, encoder
+    def __init__(self, rows: Rows, encoder: ConversationEncoder | None, decode: bool) -> None:
+        self.rows, self.encoder, self.decode = rows, encoder, decode
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Check:
-        row = self.rows[index]
+        row, length, images, supervised = self.rows[index], 0, 0, 0
         try:
-            conversation = parse_row(row.value, row.images_folder)
-            tokens = self.encoder.encode(conversation.messages)
-            for path in conversation.images:
-                load_image(path)
+            conversation = parse_row(row.value, row.image_store)
+            images = len(conversation.images)
+            if self.encoder is not None:
+                tokens = self.encoder.tokens(conversation.messages)
+                length, supervised = len(tokens.input_ids), sum(label != IGNORED_LABEL for label in tokens.labels)
+                self.encoder.require_length(tokens)
+            for image in conversation.images if self.decode else []:
+                load_image(image)
         except SampleFault as fault:
-            return Check(0, 0, 0, fault.cause, fault.detail)
-        supervised = sum(label != IGNORED_LABEL for label in tokens.labels)
-        return Check(supervised, len(tokens.labels), len(conversation.images), "", "")
+            return Check(supervised, length, images, fault.cause, fault.detail)
+        return Check(supervised, length, images, "", "")
 
 
-def check_samples(
-    rows: list[Row], encoder: ConversationEncoder, ledger: DropLedger, workers: int, rank: int = 0, world_size: int = 1
-) -> tuple[list[Row], int]:
-    """Encodes every conversation and decodes every image once, shared among the ranks.
+def check_rows(
+    rows: Rows, encoder: ConversationEncoder | None, workers: int, rank: int = 0, world_size: int = 1, decode: bool = True
+) -> list[Check]:
+    """Encodes every conversation and decodes every image once, shared among the ranks. One Check a row, in order.
 
-    Returns:
-        The usable rows in order with their lengths, and their number of supervised tokens. The others are entered in `ledger`.
+    Args:
+        encoder: None leaves out what concerns tokens.
+        decode: False leaves the images unread.
     """
     mine = list(range(rank, len(rows), world_size))
-    checks = _Checks([rows[index] for index in mine], encoder)
+    checks = _Checks(rows.select(mine), encoder, decode)
     loader = DataLoader(checks, batch_size=32, num_workers=min(workers, len(mine) // 256), collate_fn=list)
     found: list[tuple[int, Check]] = []
     with tqdm(total=len(mine), desc="check samples", unit="sample", disable=rank > 0) as progress:
@@ -136,38 +83,67 @@ def check_samples(
         gathered: list[Any] = [None] * world_size
         torch.distributed.all_gather_object(gathered, found)
         found = sorted(item for part in gathered for item in part)
-    usable, supervised = [], 0
-    for index, check in found:
+    return [check for _, check in found]
+
+
+def check_samples(
+    rows: Rows,
+    encoder: ConversationEncoder,
+    ledger: DropLedger,
+    workers: int,
+    rank: int = 0,
+    world_size: int = 1,
+    drop_unsupervised: bool = False,
+) -> tuple[Rows, int]:
+    """Checks all samples before training.
+
+    Args:
+        drop_unsupervised: a sample without a supervised token is dropped and counted like others, instead of being an error.
+    Returns:
+        The usable rows in order with their lengths, and their number of supervised tokens. The others are entered in `ledger`.
+    Raises:
+        UserError: a sample has no supervised token, which is a fault of the template rather than of the sample.
+    """
+    checks = check_rows(rows, encoder, workers, rank, world_size)
+    for index, check in enumerate(checks):
+        if check.cause == NOTHING_SUPERVISED and not drop_unsupervised:
+            raise UserError(
+                f"{rows[index].key}: expected answers to learn from, but the template '{encoder.template_name}' leaves no "
+                "supervised token. Look at it with `lmm inspect-mask`, choose another --template, or count such samples as "
+                "dropped with --unsupervised drop."
+            )
         if check.cause:
             ledger.drop(rows[index].key, check.cause, check.detail)
-        else:
-            usable.append(replace(rows[index], length=check.length, images=check.images))
-            supervised += check.supervised
-    return usable, supervised
+    numbers = [index for index, check in enumerate(checks) if not check.cause]
+    usable = rows.select(numbers)
+    usable.lengths[:] = [checks[index].length for index in numbers]
+    usable.images[:] = [checks[index].images for index in numbers]
+    return usable, sum(checks[index].supervised for index in numbers)
 
 
 class ConversationDataset(Dataset[dict[str, Any]]):
     """Samples: `input_ids` and `labels` (lists of int), `pixel_values` (float32 [images, 3, H, W], None for text only)."""
 
-    def __init__(self, rows: list[Row], encoder: ConversationEncoder, image_processor: Any) -> None:
+    def __init__(self, rows: Rows, encoder: ConversationEncoder, image_processor: Any) -> None:
         self.rows, self.encoder, self.image_processor = rows, encoder, image_processor
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Raises UserError when a file that was good when checked no longer is."""
         row = self.rows[index]
-        tokens = self.encoder.encode(parse_row(row.value, row.images_folder).messages)
+        tokens = self.encoder.encode(parse_row(row.value, row.image_store).messages)
         return {"input_ids": tokens.input_ids, "labels": tokens.labels, "pixel_values": self.pixels(index)}
 
     def pixels(self, index: int) -> torch.Tensor | None:
+        """What the images of one sample give the model."""
         images = self.load_images(index)
         return self.image_processor(images, return_tensors="pt")["pixel_values"] if images else None
 
     def load_images(self, index: int) -> list[Image.Image]:
+        """The RGB images of one sample. Raises UserError when one that was good when checked no longer is."""
         row = self.rows[index]
         try:
-            return [load_image(path) for path in parse_row(row.value, row.images_folder).images]
+            return [load_image(image) for image in parse_row(row.value, row.image_store).images]
         except SampleFault as fault:
             raise UserError(f"{row.key}: the image was readable before training and no longer is ({fault.detail}).") from fault

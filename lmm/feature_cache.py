@@ -136,7 +136,7 @@ def fill(
     Returns:
         Per index of a sample with images, their keys in the cache.
     """
-    mine = [index for index, row in enumerate(dataset.rows) if row.images][rank::world_size]
+    mine = dataset.rows.images.nonzero()[0].tolist()[rank::world_size]
     missing = _Missing(mine, dataset.load_images, dataset.image_processor, cache)
     loader = DataLoader(missing, batch_size=8, num_workers=min(workers, len(mine) // 64), collate_fn=list)
     keys: dict[int, list[str]] = {}

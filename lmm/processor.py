@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, CLIPImageProcessor, LlavaImageProcessor, LlavaProcessor
+from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaImageProcessorPil, LlavaProcessor
 
 from lift.common.errors import UserError
 from lift.common.files import require_file
@@ -102,7 +102,7 @@ def make_processor(tower: Path, tokenizer: Any, template: str, patch_size: int, 
     """Raises UserError when the tower's preprocessing does not give images of the tower's size."""
     require_file(tower / "preprocessor_config.json", "the vision tower's image preprocessing")
     try:
-        image_processor = CLIPImageProcessor.from_pretrained(tower)
+        image_processor = CLIPImageProcessorPil.from_pretrained(tower)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{tower}/preprocessor_config.json: cannot be read: {_first_line(error)}") from error
     crop = image_processor.crop_size
@@ -124,11 +124,23 @@ def make_processor(tower: Path, tokenizer: Any, template: str, patch_size: int, 
 
 
 def set_aspect_ratio(processor: Any, image_aspect_ratio: str) -> None:
-    """Records in the processor whether images are first padded to a square with int(255 * mean), as LLaVA-1.5 does."""
+    """Records in the processor how images become square.
+
+    Args:
+        image_aspect_ratio: `pad` to a square with int(255 * mean), as LLaVA-1.5 does; `crop` the middle after resizing the
+            shorter side; `resize` both sides, proportions not kept.
+
+    Resizing is PIL's: pixel for pixel that of the original LLaVA. The torchvision backend, which transformers prefers when it
+    loads the saved folder, is up to one grey level off; `backend="pil"` asks for this one.
+    """
     values = processor.image_processor.to_dict()
     for key in ("image_processor_type", "processor_class", "do_pad"):
         values.pop(key, None)
-    processor.image_processor = LlavaImageProcessor(**values, do_pad=image_aspect_ratio == "pad")
+    height, width = values["crop_size"]["height"], values["crop_size"]["width"]
+    resize = image_aspect_ratio == "resize"
+    values["size"] = {"height": height, "width": width} if resize else {"shortest_edge": min(height, width)}
+    values["do_center_crop"] = not resize
+    processor.image_processor = LlavaImageProcessorPil(**values, do_pad=image_aspect_ratio == "pad")
 
 
 def _first_line(error: Exception) -> str:

@@ -26,7 +26,7 @@ from lift.common.settings import save_settings, to_plain
 from lmm.build import DTYPES
 from lmm.checkpoints import newest_complete, remove_incomplete
 from lmm.conversation import ConversationEncoder, load_template
-from lmm.data import ConversationDataset, Row, check_samples, describe_sources, read_sources
+from lmm.data import ConversationDataset, Rows, check_samples, describe_sources, read_sources
 from lmm.distributed import deepspeed_config, release, start_process_group
 from lmm.feature_cache import cached_dataset, take_features
 from lmm.folders import check_loads, content_hash
@@ -98,7 +98,9 @@ class _Stage:
         self.encoder = make_encoder(self.processor, llava, settings, model)
         self.ledger = DropLedger()
         rows = read_sources(settings.data)
-        self.rows, self.supervised_tokens = check_samples(rows, self.encoder, self.ledger, settings.workers, rank, world_size)
+        self.rows, self.supervised_tokens = check_samples(
+            rows, self.encoder, self.ledger, settings.workers, rank, world_size, settings.unsupervised == "drop"
+        )
         self._report(rows)
         dataset = ConversationDataset(self.rows, self.encoder, self.processor.image_processor)
         if settings.cache_features:  # before training_arguments, after which ZeRO-3 would partition the tower
@@ -116,7 +118,7 @@ class _Stage:
             data_collator=make_collator(settings, llava, self.model, self.processor.tokenizer.pad_token_id),
         )
 
-    def _report(self, rows: list[Row]) -> None:
+    def _report(self, rows: Rows) -> None:
         if self.rank == 0:
             print(f"{self.ledger.summary(len(rows))}; {self.supervised_tokens} supervised tokens")
             self.ledger.check(len(rows), self.settings.max_drop_fraction, self.work / "dropped.jsonl")
@@ -134,7 +136,7 @@ def tokens_per_image(llava: LlavaConfig) -> int:
 def load_processor(model: Path) -> tuple[Any, LlavaConfig]:
     """Raises UserError when `model` is not a LLaVA folder with the class token dropped, as all of LLaVA-1.5's are."""
     try:
-        processor = AutoProcessor.from_pretrained(model)
+        processor = AutoProcessor.from_pretrained(model, backend="pil")
         llava = LlavaConfig.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{model}: expected a LLaVA folder, as `lmm build` writes it: {str(error).splitlines()[0]}") from error

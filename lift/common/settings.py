@@ -2,7 +2,8 @@
 
 YAML strings may hold `${NAME}` or `${NAME:-default}` for environment variables, so that no recipe contains a machine's
 paths. Unknown keys are errors that name the nearest valid key. On the command line dashes may stand for underscores, a
-dataclass may declare short names of nested keys (`aliases: ClassVar[dict[str, str]]`), and a field whose type has a
+dataclass may declare short names of nested keys (`aliases: ClassVar[dict[str, str]]`; one that is `config` takes the place
+of `--config FILE`), and a field whose type has a
 classmethod `from_string` takes a plain string; `from_string` returns the keys that the string stands for.
 """
 
@@ -41,9 +42,11 @@ def parse_settings(
         UserError: unreadable file, unknown key, value of the wrong type, missing key.
     """
     parser = ArgumentParser(prog=prog, description=description, epilog=_short_forms(settings_class), exit_on_error=False)
-    parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file with settings; repeatable")
+    own_config = "config" in getattr(settings_class, "aliases", {})
+    if not own_config:
+        parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file with settings; repeatable")
     parser.add_class_arguments(settings_class, as_group=False, as_positional=positional, sub_configs=False)
-    files, rest = _split_config_files(arguments)
+    files, rest = ([], arguments) if own_config else _split_config_files(arguments)
     rest = _write_out(settings_class, rest)
     merged: dict[str, Any] = {}
     for file in files:
@@ -52,7 +55,7 @@ def parse_settings(
         if merged:
             parser.set_defaults(_flatten(settings_class, merged))
         namespace = parser.parse_args(_spell_out_flags(settings_class, rest))
-        namespace.pop("config")
+        namespace.pop("config", None)
         values = parser.instantiate(namespace)
     except (Exception, SystemExit) as error:
         if isinstance(error, SystemExit) and error.code in (0, None):

@@ -54,6 +54,35 @@ def test_every_unusable_sample_is_counted_by_cause(
     assert supervised == sum(len(f" {answer}".encode()) + 1 for answer in answers)
 
 
+def test_a_sample_without_supervised_token_is_an_error_unless_it_is_to_be_dropped(data: Path) -> None:
+    silent = ConversationEncoder(
+        make_tokenizer(), "{% for m in messages %}{{ '' }}{% endfor %}USER: x", "silent", "<image>", 16, 400
+    )
+    silent.content_as_parts = False
+    (rows,) = [read_sources([ConversationSource(annotations=data / "chat.json", images=data / "images")])]
+    text_only = rows.select([0, 3])
+    with pytest.raises(UserError, match=r"chat\.json#0:0: .*'silent' leaves no supervised token"):
+        check_samples(text_only, silent, DropLedger(), 0)
+    ledger = DropLedger()
+    usable, supervised = check_samples(text_only, silent, ledger, 0, drop_unsupervised=True)
+    assert (len(usable), supervised, ledger.counts()) == (0, 0, {"nothing supervised": 2})
+
+
+def test_a_template_that_loses_images_is_told_from_the_counts(data: Path) -> None:
+    encoder = ConversationEncoder(
+        make_tokenizer(),
+        "{% for m in messages %}{{ m['content'] | replace('<image>', '') }}|{% endfor %}",
+        "t",
+        "<image>",
+        16,
+        400,
+    )
+    rows = read_sources([ConversationSource(annotations=data / "caption.json", images=data / "images")])
+    ledger = DropLedger()
+    check_samples(rows, encoder, ledger, 0)
+    assert ledger.counts() == {"image tokens": 12}
+
+
 @pytest.mark.parametrize(
     ("content", "message"), [("[]", "non-empty list"), ("{}", "non-empty list"), ("[{", "JSON"), (None, "no such file")]
 )
@@ -119,7 +148,7 @@ def test_training_tokens_are_those_of_the_processor_at_inference(
     tower: Path, llm: Path, data: Path, encoder: ConversationEncoder, tmp_path: Path
 ) -> None:
     out = build(BuildSettings(vision_tower=tower, llm=llm, out=tmp_path / "model", chat_template="vicuna_v1"))
-    processor = AutoProcessor.from_pretrained(out)
+    processor = AutoProcessor.from_pretrained(out, backend="pil")
     source = ConversationSource(annotations=data / "caption.json", images=data / "images")
     sample = ConversationDataset(read_sources([source]), encoder, processor.image_processor)[2]
     parts = [{"type": "image"}, {"type": "text", "text": "Which colour?"}]

@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 from tiny_lmm import make_tokenizer
-from transformers import PreTrainedTokenizerFast
 
 from lift.common.errors import UserError
-from lmm.conversation import IGNORED_LABEL, ConversationEncoder, SampleFault, load_template, parse_row
+from lmm.conversation import IGNORED_LABEL, ConversationEncoder, load_template, parse_row
+from lmm.faults import SampleFault
+from lmm.images import NamedImages
+from lmm.inspect_mask import mask_row
+from lmm.recipes import encoder_of_folder
+from lmm.rows import Row
 
 FIXTURE = Path(__file__).parents[2].parent / "shared" / "fixtures" / "llava_masks"
 needs_fixture = pytest.mark.skipif(not FIXTURE.is_dir(), reason=f"reference labels of the original LLaVA are not at {FIXTURE}")
@@ -41,17 +45,18 @@ def row(*values: str, image: Any = None) -> dict[str, Any]:
     return {"id": "x", "conversations": turns} | ({"image": image} if image else {})
 
 
-def llama_tokenizer() -> PreTrainedTokenizerFast:
-    file = FIXTURE / "tok_fast_from_legacy_true" / "tokenizer.json"
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    return tokenizer
-
-
-# Samples the original masks wholly, truncates or rejects (NOTES.md), and those we drop: their text says two things at once.
-OURS_TRAINS = {"answer_has_ASSISTANT", "answer_has_ASSISTANT_2nd", "answer_has_eos", "answer_has_unk", "human_last"}
-TRUNCATED_BY_ORIGINAL = {"long_text", "long_answer_text"}
-DROPPED = {
+# What the reference does with each sample of the fixture where ours differs; every other sample has its ids and labels.
+# `trained`: it has our ids, but masks everything ("tokenization mismatch"). `cut`: it cuts at 512 tokens.
+# The rest: why ours drops the sample. The original refuses it too (REFUSED), or trains a text that is not what the row says:
+# it leaves out a turn, an image or a marker, or counts fewer images than markers.
+DIFFERENCES = {
+    "answer_has_ASSISTANT": "trained",
+    "answer_has_ASSISTANT_2nd": "trained",
+    "answer_has_eos": "trained",
+    "answer_has_unk": "trained",
+    "human_last": "trained",
+    "long_text": "cut",
+    "long_answer_text": "cut",
     "two_image_tokens": "image count",
     "two_turn_images": "image count",
     "empty_answer": "empty answer",
@@ -63,46 +68,56 @@ DROPPED = {
     "image_key_no_token": "image count",
     "image_in_answer": "image in an answer",
 }
+PLAIN_DIFFERENCES = {
+    "p_empty": "empty answer",
+    "p_image_in_caption": "image in an answer",
+    "p_no_token": "image count",
+    "p_multi_turn": "refused by the template",
+}
+REFUSED = {"roles_not_alternating", "p_no_token", "p_multi_turn"}
+TOKENIZERS = ["tok_slow_legacy_true", "tok_slow_legacy_false", "tok_fast_from_legacy_true", "tok_fast_from_legacy_false"]
+CASES = [
+    ("conversations.json", "vicuna_v1", "v1", DIFFERENCES, 14),
+    ("conversations_plain.json", "plain", "plain", PLAIN_DIFFERENCES, 8),
+]
 
 
 @needs_fixture
-def test_labels_equal_the_original_llava_fine_tuning() -> None:
-    reference = json.loads((FIXTURE / "out_v1_slow_legacy_true.json").read_text())["results"]
-    encoder = encoder_for(llama_tokenizer(), "vicuna_v1")
-    image_id = encoder.tokenizer.convert_tokens_to_ids("<image>")
+@pytest.mark.parametrize("folder", TOKENIZERS)
+@pytest.mark.parametrize(("file", "template", "short", "differences", "equal"), CASES, ids=["vicuna_v1", "plain"])
+def test_every_sample_of_the_original_llava_is_accounted_for(
+    folder: str, file: str, template: str, short: str, differences: dict[str, str], equal: int
+) -> None:
+    """A folder's `legacy` decides, as in the original code, which uses the slow tokenizer."""
+    reference = json.loads((FIXTURE / f"out_{short}_slow_{folder[folder.index('legacy') :]}.json").read_text())["results"]
+    encoder = encoder_of_folder(FIXTURE / folder, template, 1, 100_000)
     compared = 0
-    for sample in json.loads((FIXTURE / "conversations.json").read_text()):
-        name = sample["id"]
-        if name in DROPPED:
+    for sample in json.loads((FIXTURE / file).read_text()):
+        name, expected = sample["id"], reference[sample["id"]]
+        difference = differences.get(name)
+        assert bool(expected["error"]) == (name in REFUSED)
+        if difference not in (None, "trained", "cut"):
             with pytest.raises(SampleFault) as fault:
                 encoder.encode(parse_row(sample, IMAGES).messages)
-            assert fault.value.cause == DROPPED[name]
+            assert fault.value.cause == difference, name
             continue
         tokens = encoder.encode(parse_row(sample, IMAGES).messages)
-        if name in OURS_TRAINS:
+        count = 512 if difference == "cut" else len(tokens.input_ids)
+        assert tokens.input_ids[:count] == expected["input_ids"], name
+        if difference == "trained":
+            assert set(expected["labels"]) == {IGNORED_LABEL}, name
             answers = [turn["value"] for turn in sample["conversations"] if turn["from"] == "gpt"]
-            count = sum(label != IGNORED_LABEL for label in tokens.labels)
-            assert count >= sum(len(encoder.tokenizer(a, add_special_tokens=False)["input_ids"]) for a in answers), name
-        elif name not in TRUNCATED_BY_ORIGINAL:
-            expected = reference[name]
-            assert [-200 if i == image_id else i for i in tokens.input_ids] == expected["input_ids"], name
-            assert tokens.labels == expected["labels"], name
-            compared += 1
-    assert compared == 14
-
-
-@needs_fixture
-def test_labels_equal_the_original_llava_pretraining() -> None:
-    reference = json.loads((FIXTURE / "out_plain_slow_legacy_true.json").read_text())["results"]
-    encoder = encoder_for(llama_tokenizer(), "plain")
-    for sample in json.loads((FIXTURE / "conversations_plain.json").read_text()):
-        name = sample["id"]
-        if name in {"p_empty", "p_image_in_caption", "p_no_token", "p_multi_turn"}:
-            with pytest.raises(SampleFault):
-                encoder.encode(parse_row(sample, IMAGES).messages)
+            assert supervised_text(encoder, sample) == [f" {answer}</s>" for answer in answers], name
         else:
-            tokens = encoder.encode(parse_row(sample, IMAGES).messages)
-            assert tokens.labels == reference[name]["labels"], name
+            assert tokens.labels[:count] == expected["labels"], name
+            compared += difference is None
+    assert compared == equal
+    assert differences.keys() <= reference.keys()
+
+
+def supervised_text(encoder: ConversationEncoder, sample: dict[str, Any]) -> list[str]:
+    masked = mask_row(Row(sample["id"], sample, NamedImages()), encoder)
+    return [masked.text[start:stop] for start, stop in masked.spans]
 
 
 CHATML = (
