@@ -6,11 +6,19 @@ import sys
 
 from lift.common.cli import Command, run_command
 from lmm.quiet import quiet
-from lmm.settings import BuildSettings, CheckDataSettings, FinetuneSettings, InspectMaskSettings, TrainSettings
+from lmm.settings import (
+    BuildSettings,
+    CheckDataSettings,
+    FinetuneSettings,
+    InspectMaskSettings,
+    MergeSettings,
+    TrainSettings,
+)
 
 COMMANDS = {
     "build": Command(BuildSettings, "lmm.build:build"),
     "train": Command(TrainSettings, "lmm.train:train"),
+    "merge": Command(MergeSettings, "lmm.merge:merge", positional=True),
     "finetune": Command(FinetuneSettings, "lmm.finetune:finetune"),
     "check-data": Command(CheckDataSettings, "lmm.check_data:check_data"),
     "inspect-mask": Command(InspectMaskSettings, "lmm.inspect_mask:inspect_mask"),

@@ -57,7 +57,9 @@ def deepspeed_config(settings: StageSettings) -> dict[str, Any]:
     Raises:
         UserError: the user's file is not one this training can run with; the key is named.
     """
-    path = settings.deepspeed or CONFIG_FOLDER / f"zero{settings.zero_stage}.json"
+    path = settings.deepspeed or CONFIG_FOLDER / f"zero{settings.zero_stage}{'_offload' * settings.offload}.json"
+    if settings.offload and settings.zero_stage != 3:
+        raise UserError("offload: parameters can only be moved to the CPU where they are partitioned. Set zero_stage to 3.")
     config = read_json(path, "a DeepSpeed configuration")
     if not isinstance(config, dict):
         raise UserError(f"{path}: expected a JSON object, found a {type(config).__name__}.")

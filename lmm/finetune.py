@@ -14,7 +14,8 @@ import torch
 
 from lift.common.files import read_json
 from lmm.build import build, choices
-from lmm.distributed import start_process_group
+from lmm.combinations import check_combinations
+from lmm.distributed import deepspeed_config, start_process_group
 from lmm.folders import content_hash
 from lmm.settings import BuildSettings, FinetuneSettings
 from lmm.train import train_stage
@@ -22,6 +23,9 @@ from lmm.train import train_stage
 
 def finetune(settings: FinetuneSettings) -> Path:
     """Returns the folder of the last stage. Raises UserError as `build` and `train_stage` do."""
+    for stage in (settings.stage1, settings.stage2):
+        if stage is not None:
+            check_combinations(stage, deepspeed_config(stage))
     rank, _ = start_process_group()
     first = settings.out / "build"
     if rank == 0:

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import safe_open
+
 from lift.common.errors import UserError
-from lift.common.files import sha256_file, sha256_text
+from lift.common.files import sha256_bytes, sha256_file, sha256_text
 
 # What decides how a model behaves; records of how it came to be do not.
 CONTENT = ("*.safetensors", "*config.json", "*.jinja", "tokenizer*", "special_tokens_map.json")
@@ -22,6 +25,39 @@ def content_hash(folder: Path) -> str:
         raise UserError(f"{folder}: expected a model folder with *.safetensors, found none. Check the path.")
     files = sorted({file for pattern in CONTENT for file in folder.glob(pattern)})
     return sha256_text("\n".join(f"{file.name} {sha256_file(file)}" for file in files))
+
+
+def tower_hash(folder: Path) -> str:
+    """Hash of a LLaVA folder's vision tower alone: names, formats, shapes and bytes of its weights.
+
+    The same for every folder that holds the same tower, whatever the language model beside it.
+    """
+    lines = []
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            for key in weights.keys():  # noqa: SIM118  # not a dict
+                if "vision_tower." in key:
+                    value = weights.get_tensor(key)
+                    content = sha256_bytes(value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
+                    name = key.rpartition("vision_tower.")[2].removeprefix("vision_model.")
+                    lines.append(f"{name} {value.dtype} {list(value.shape)} {content}")
+    return sha256_text("\n".join(sorted(lines)))
+
+
+def check_fits(folder: Path, config: Any) -> None:
+    """Raises UserError when the projector fits not the tower's or the language model's hidden size in `config`."""
+    text, vision = config.text_config.hidden_size, config.vision_config.hidden_size
+    expected = {"linear_1.weight": (text, vision), "linear_2.weight": (text, text)}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as weights:
+            for key in weights.keys():  # noqa: SIM118
+                name = key.rpartition("multi_modal_projector.")[2]
+                shape = tuple(weights.get_slice(key).get_shape()) if "multi_modal_projector." in key else None
+                if shape and shape != expected.get(name, shape):
+                    raise UserError(
+                        f"{file}: the projector's {name} is {shape[0]} x {shape[1]}, but config.json has a vision tower of "
+                        f"hidden size {vision} and a language model of {text}. Build the model anew with this tower: lmm build."
+                    )
 
 
 def check_loads(folder: Path) -> None:

@@ -50,13 +50,35 @@ class ConversationSource:
 
 
 @dataclass(kw_only=True)
+class LoraSettings:
+    """Low-rank adapters on the language model (LoRA, arXiv 2106.09685), trained in place of its weights."""
+
+    rank: int = 128
+    """Rank of the update of each adapted matrix; LLaVA-1.5's is 128."""
+    alpha: float = 256.0
+    """The update is scaled by alpha / rank."""
+    dropout: float = 0.05
+    """Dropout on the adapters' input."""
+    targets: list[str] | None = None
+    """Names of the linear layers to adapt, such as `q_proj`; all of the language model's (not its head) when left out."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1 or self.alpha <= 0:
+            raise ValueError(f"lora: expected rank of at least 1 and alpha above 0, found {self.rank} and {self.alpha}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout: expected a share of at least 0 and below 1, found {self.dropout}")
+        if self.targets is not None and not self.targets:
+            raise ValueError("lora.targets: expected at least one layer name; leave it out to adapt all linear layers")
+
+
+@dataclass(kw_only=True)
 class StageSettings:
     """Settings of one training stage."""
 
     data: list[ConversationSource] = field(default_factory=list)
     """Conversation files; their samples are joined."""
-    trainable: Literal["projector", "projector_and_llm"] = "projector"
-    """What learns; the vision tower never does."""
+    trainable: Literal["projector", "projector_and_llm", "all"] = "projector"
+    """What learns; `all` adds the vision tower, which is frozen otherwise."""
     template: Literal["plain", "chat", "vicuna_v1"] = "plain"
     """How a conversation becomes text: image and caption only, the model's own chat template, or LLaVA-1.5's."""
     image_aspect_ratio: Literal["pad", "crop", "resize"] = "pad"
@@ -74,8 +96,18 @@ class StageSettings:
     """Peak learning rate."""
     projector_learning_rate: float | None = None
     """Peak learning rate of the projector; the same as learning_rate when left out."""
+    tower_learning_rate: float | None = None
+    """Peak learning rate of the vision tower under `trainable: all`; the same as learning_rate when left out."""
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+    """AdamW, or bitsandbytes' with its two moments in 8 bits (arXiv 2110.02861)."""
+    lora: LoraSettings | None = None
+    """Trains low-rank adapters in place of the language model's weights; the result is an adapter folder for `lmm merge`."""
+    quantise: Literal["none", "nf4", "int8"] = "none"
+    """Holds the language model's frozen weights in 4 or 8 bits by bitsandbytes (QLoRA, arXiv 2305.14314); needs lora."""
     weight_decay: float = 0.0
     """AdamW weight decay (not on biases and norms)."""
+    gradient_clip: float = 1.0
+    """Largest norm of the gradient; 0 does not clip."""
     warmup_ratio: float = 0.03
     """Share of the steps with linearly rising learning rate, followed by a cosine decay to 0."""
     max_length: int = 2048
@@ -90,8 +122,14 @@ class StageSettings:
     """Folder of the vision tower's features (2 bytes each), computed once; only while the tower is frozen."""
     gradient_checkpointing: bool = False
     """Recomputes activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Runs the model through torch.compile; it is compiled anew for a few lengths, and needs a C++ compiler on a CPU."""
+    use_liger_kernel: bool = False
+    """Liger's kernels with the linear layer and cross-entropy of the loss fused, so that no logits are kept; CUDA only."""
     zero_stage: Literal[2, 3] = 2
     """DeepSpeed ZeRO stage, with the configuration shipped in lmm/deepspeed_configs."""
+    offload: bool = False
+    """ZeRO-3 with parameters and optimizer states in the CPU's memory."""
     deepspeed: Path | None = None
     """DeepSpeed JSON file that takes the place of the shipped one."""
     seed: int = 0
@@ -111,7 +149,7 @@ class StageSettings:
         for name in ("batch_size", "gradient_accumulation", "max_length", "save_steps", "logging_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
-        for name in ("learning_rate", "epochs", "projector_learning_rate", "max_steps"):
+        for name in ("learning_rate", "epochs", "projector_learning_rate", "tower_learning_rate", "max_steps"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}: expected more than 0, found {value}")
@@ -119,7 +157,7 @@ class StageSettings:
             raise ValueError(f"warmup_ratio: expected a share of at least 0 and below 1, found {self.warmup_ratio}")
         if not 0 <= self.max_drop_fraction <= 1:
             raise ValueError(f"max_drop_fraction: expected a share between 0 and 1, found {self.max_drop_fraction}")
-        for name in ("workers", "weight_decay"):
+        for name in ("workers", "weight_decay", "gradient_clip"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}: expected at least 0, found {getattr(self, name)}")
 
@@ -128,8 +166,8 @@ class StageSettings:
 class InstructionTuningSettings(StageSettings):
     """Settings of stage 2: projector and language model learn on conversations, with the learning rate of LLaVA-1.5."""
 
-    trainable: Literal["projector", "projector_and_llm"] = "projector_and_llm"
-    """What learns; the vision tower never does."""
+    trainable: Literal["projector", "projector_and_llm", "all"] = "projector_and_llm"
+    """What learns; `all` adds the vision tower, which is frozen otherwise."""
     template: Literal["plain", "chat", "vicuna_v1"] = "chat"
     """How a conversation becomes text: image and caption only, the model's own chat template, or LLaVA-1.5's."""
     learning_rate: float = 2e-5
@@ -149,6 +187,20 @@ class TrainSettings(StageSettings):
         super().__post_init__()
         if not self.data:
             raise ValueError('data: expected at least one source, as in --data \'[{"annotations": FILE, "images": FOLDER}]\'')
+
+
+@dataclass
+class MergeSettings:
+    """Merges the adapters that `lmm train` wrote with `lora` into their base: a plain LLaVA folder."""
+
+    adapter: Path
+    """Adapter folder, as `lmm train` wrote it."""
+    out: Path | None = None
+    """Folder to write, ADAPTER-merged when left out; it must not exist."""
+    base: Path | None = None
+    """The LLaVA folder the adapters were trained on, where it has moved since."""
+    precision: Literal["fp32", "bf16"] | None = None
+    """Format of the weights written; that of the training when left out. The sum itself is always done in float32."""
 
 
 @dataclass(kw_only=True)

@@ -1,8 +1,8 @@
 """`lmm train`: one stage of LLaVA training under DeepSpeed, from model folder to model folder.
 
-In: a LLaVA folder and conversation files. Out: a folder that plain transformers loads, with `train.json`, `metrics.jsonl`,
-TensorBoard events, `dropped.jsonl` and `config.yaml`; it appears only when complete. Until then the work lies in
-`OUT.training`, and the same command goes on from its newest complete checkpoint.
+In: a LLaVA folder and conversation files. Out: a folder that plain transformers loads (with lora: an adapter folder for
+`lmm merge`), with `train.json`, `metrics.jsonl`, TensorBoard events, `dropped.jsonl` and `config.yaml`; it appears only when
+complete. Until then the work lies in `OUT.training`, and the same command goes on from its newest complete checkpoint.
 """
 
 from __future__ import annotations
@@ -17,23 +17,26 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from lift.common.environment import describe_environment
 from lift.common.errors import UserError
 from lift.common.files import atomic_folder, read_json, read_jsonl, require_folder, sha256_text, write_json
 from lift.common.ledger import DropLedger
 from lift.common.settings import save_settings, to_plain
+from lmm.adapters import BASE, add_adapters, quantisation, write_adapters
 from lmm.build import DTYPES
 from lmm.checkpoints import newest_complete, remove_incomplete
+from lmm.combinations import check_combinations
 from lmm.conversation import ConversationEncoder, load_template
 from lmm.data import ConversationDataset, Rows, check_samples, describe_sources, read_sources
 from lmm.distributed import deepspeed_config, release, start_process_group
 from lmm.feature_cache import cached_dataset, take_features
-from lmm.folders import check_loads, content_hash
+from lmm.folders import check_fits, check_loads, content_hash, tower_hash
 from lmm.packing import make_collator
 from lmm.processor import set_aspect_ratio
 from lmm.settings import StageSettings, TrainSettings
-from lmm.trainer import METRICS, StageTrainer, freeze, training_arguments
+from lmm.trainer import METRICS, StageTrainer, freeze, freeze_unused, training_arguments
 
 FREE_TO_CHANGE = frozenset({"workers", "save_steps", "logging_steps", "max_drop_fraction"})
 """Settings that do not change the weights; a run may go on with others."""
@@ -53,6 +56,7 @@ def train_stage(model: Path, out: Path, settings: StageSettings, replace: bool =
     """
     require_folder(model, "a LLaVA model's folder")
     config = deepspeed_config(settings)
+    check_combinations(settings, config)
     identity = stage_identity(model, settings, config)
     if out.exists():
         found = read_json(out / "train.json").get("fingerprint") if (out / "train.json").is_file() else None
@@ -64,7 +68,7 @@ def train_stage(model: Path, out: Path, settings: StageSettings, replace: bool =
     rank, world_size = start_process_group()
     work = out.with_name(out.name + ".training")
     resume_from = _open_work(work, identity, rank, world_size)
-    stage = _Stage(model, settings, work, config, rank, world_size)
+    stage = _Stage(model, identity["model_hash"], settings, work, config, rank, world_size)
     started = time.monotonic()
     result = stage.trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     seconds = time.monotonic() - started
@@ -91,8 +95,18 @@ def train_stage(model: Path, out: Path, settings: StageSettings, replace: bool =
 class _Stage:
     """Data, model and trainer of one stage, made in the order that DeepSpeed needs."""
 
-    def __init__(self, model: Path, settings: StageSettings, work: Path, config: dict[str, Any], rank: int, world_size: int):
+    def __init__(
+        self,
+        model: Path,
+        model_hash: str,
+        settings: StageSettings,
+        work: Path,
+        config: dict[str, Any],
+        rank: int,
+        world_size: int,
+    ) -> None:
         self.rank, self.work, self.settings = rank, work, settings
+        self.base, self.base_hash = model, model_hash
         self.processor, llava = load_processor(model)
         set_aspect_ratio(self.processor, settings.image_aspect_ratio)
         self.encoder = make_encoder(self.processor, llava, settings, model)
@@ -102,21 +116,37 @@ class _Stage:
             rows, self.encoder, self.ledger, settings.workers, rank, world_size, settings.unsupervised == "drop"
         )
         self._report(rows)
+        check_fits(model, llava)
         dataset = ConversationDataset(self.rows, self.encoder, self.processor.image_processor)
-        if settings.cache_features:  # before training_arguments, after which ZeRO-3 would partition the tower
-            dataset = cached_dataset(dataset, settings, model, llava, rank, world_size)
-        arguments = training_arguments(settings, work, config)
-        self.model = load_llava(model, settings.precision)
-        freeze(self.model, settings.trainable)
+        # Made now, because under ZeRO-3 a model that is made later has its weights partitioned.
         if settings.cache_features:
-            take_features(llava, self.model.model.vision_tower)
+            dataset = cached_dataset(dataset, settings, model, llava, rank, world_size)
+        self.shell = None if settings.lora else make_shell(llava)
+        arguments = training_arguments(settings, work, config)
+        loaded = load_llava(model, settings.precision, settings.quantise)
+        freeze(loaded, settings.trainable)
+        self.model: Any = loaded
+        if settings.lora:
+            self.model = add_adapters(loaded, model, settings.lora, settings.trainable == "all", settings.seed)
+        freeze_unused(self.model, llava)
+        if settings.cache_features:
+            take_features(llava, loaded.model.vision_tower)
         self.trainer = StageTrainer(
             settings,
+            self.write,
             args=arguments,
             model=self.model,
             train_dataset=dataset,
             data_collator=make_collator(settings, llava, self.model, self.processor.tokenizer.pad_token_id),
         )
+
+    def write(self, state: dict[str, torch.Tensor], folder: Path) -> None:
+        """The model with the weights `state` and its processor."""
+        if self.shell is None:
+            write_adapters(self.model, state, folder, self.base, self.base_hash)
+        else:
+            write_model(self.model, state, folder, self.shell)
+        self.processor.save_pretrained(folder)
 
     def _report(self, rows: Rows) -> None:
         if self.rank == 0:
@@ -135,6 +165,8 @@ def tokens_per_image(llava: LlavaConfig) -> int:
 
 def load_processor(model: Path) -> tuple[Any, LlavaConfig]:
     """Raises UserError when `model` is not a LLaVA folder with the class token dropped, as all of LLaVA-1.5's are."""
+    if (model / BASE).is_file():
+        raise UserError(f"{model}: holds adapters, not a whole model. Merge them first: lmm merge {model}")
     try:
         processor = AutoProcessor.from_pretrained(model, backend="pil")
         llava = LlavaConfig.from_pretrained(model, local_files_only=True)
@@ -142,14 +174,28 @@ def load_processor(model: Path) -> tuple[Any, LlavaConfig]:
         raise UserError(f"{model}: expected a LLaVA folder, as `lmm build` writes it: {str(error).splitlines()[0]}") from error
     if llava.model_type != "llava" or llava.vision_feature_select_strategy != "default":
         raise UserError(f"{model}: expected a LLaVA model with vision_feature_select_strategy 'default'.")
+    if processor.tokenizer.pad_token_id is None:
+        raise UserError(
+            f"{model}: the tokenizer has no pad token, which batches of unequal samples need. "
+            "Build the model anew with lmm build, which chooses one, or name one in tokenizer_config.json (pad_token)."
+        )
     return processor, llava
 
 
-def load_llava(model: Path, precision: str) -> LlavaForConditionalGeneration:
-    """The model with every weight from `model`. Raises UserError otherwise."""
+def load_llava(model: Path, precision: str, quantise: str = "none") -> LlavaForConditionalGeneration:
+    """The model with every weight from `model`; its language model held in few bits if `quantise` says so.
+
+    Raises:
+        UserError: a weight is missing, left over or misshapen.
+    """
+    keywords: dict[str, Any] = {}
+    if quantise != "none":
+        keywords["quantization_config"] = quantisation(quantise, DTYPES[precision])
+        if not is_deepspeed_zero3_enabled():  # which finds the place by itself
+            keywords["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
     try:
         loaded: Any = LlavaForConditionalGeneration.from_pretrained(
-            model, local_files_only=True, use_safetensors=True, dtype=DTYPES[precision], output_loading_info=True
+            model, local_files_only=True, use_safetensors=True, dtype=DTYPES[precision], output_loading_info=True, **keywords
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{model}: the model cannot be loaded: {str(error).splitlines()[0]}") from error
@@ -193,6 +239,7 @@ def stage_identity(model: Path, settings: StageSettings, config: dict[str, Any])
     parts = {
         "model_hash": content_hash(model),
         "vision_tower_hash": origin.get("vision_tower_hash"),
+        "vision_tower_weights_hash": tower_hash(model),
         "data": data,
         "deepspeed": config,
     }
@@ -222,16 +269,26 @@ def _open_work(work: Path, identity: dict[str, Any], rank: int, world_size: int)
     return checkpoint
 
 
-def write_model(model: LlavaForConditionalGeneration, state: dict[str, torch.Tensor], folder: Path) -> None:
+def make_shell(config: LlavaConfig) -> LlavaForConditionalGeneration:
+    """The model without weights."""
+    with torch.device("meta"):
+        return LlavaForConditionalGeneration(config)
+
+
+def write_model(
+    model: Any, state: dict[str, torch.Tensor], folder: Path, shell: LlavaForConditionalGeneration | None = None
+) -> None:
     """Writes `state`, keyed as in memory, in transformers' format on disk.
 
     A model loaded under ZeRO-3 has forgotten how its keys are named on disk, so that a fresh one without weights does it.
+
+    Args:
+        shell: that fresh one, where ZeRO-3 is at work and none can be made.
     """
-    model.config.use_cache = True  # Trainer switches it off
     if model.config.tie_word_embeddings:
         state = {key: value for key, value in state.items() if key != "lm_head.weight"}
-    with torch.device("meta"):
-        shell = LlavaForConditionalGeneration(model.config)
+    shell = shell or make_shell(model.config)
+    shell.config.use_cache = True  # Trainer switches it off in the model's
     shell.generation_config = model.generation_config
     shell.save_pretrained(folder, state_dict=state)
 
@@ -239,14 +296,14 @@ def write_model(model: LlavaForConditionalGeneration, state: dict[str, torch.Ten
 def _finish(stage: _Stage, out: Path, record: dict[str, Any]) -> None:
     """Gathers the weights on the main process and puts the finished folder in place."""
     trainer = stage.trainer
-    state = trainer.accelerator.get_state_dict(trainer.deepspeed)
+    state = trainer.gathered_state()
     if stage.rank == 0:
         with atomic_folder(out) as folder:
             release(trainer)
-            write_model(stage.model, state, folder)
-            stage.processor.save_pretrained(folder)
+            stage.write(state, folder)
             del state
-            check_loads(folder)
+            if stage.shell is not None:
+                check_loads(folder)
             record["losses"] = [row for row in read_jsonl(stage.work / METRICS) if "loss" in row]
             shutil.copy(stage.work / METRICS, folder)
             if (stage.work / "runs").is_dir():
@@ -255,6 +312,8 @@ def _finish(stage: _Stage, out: Path, record: dict[str, Any]) -> None:
             save_settings(stage.settings, folder / "config.yaml")
             write_json(folder / "train.json", record)
         shutil.rmtree(stage.work)
+        if stage.shell is None:
+            print(f"{out} holds adapters; for a model that transformers loads by itself: lmm merge {out}")
         print(f"wrote {out}: {stage.ledger.summary(len(stage.rows) + len(stage.ledger))}, {record['seconds']:.0f} s")
     else:
         release(trainer)

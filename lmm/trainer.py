@@ -1,11 +1,13 @@
-"""transformers' Trainer with what LLaVA training adds: a learning rate of the projector's own, a vision tower that stays in
-evaluation mode, a sample order that survives a kill, checkpoints that say when they are complete, and metrics as JSON lines.
+"""transformers' Trainer with what LLaVA training adds: learning rates by part of the model, a frozen vision tower that stays in
+evaluation mode, a sample order that survives a kill, checkpoints that say when they are complete and hold a loadable model, and
+metrics as JSON lines with the number of supervised tokens of every step.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from lift.common.errors import UserError
 from lift.common.files import read_whole_rows, write_jsonl
 from lmm.batches import EpochSampler, make_sampler
 from lmm.checkpoints import mark_complete
@@ -20,6 +23,7 @@ from lmm.packing import attention_of, refuse_leaks
 from lmm.settings import StageSettings
 
 PROJECTOR = "multi_modal_projector."
+TOWER = "vision_tower."
 METRICS = "metrics.jsonl"
 
 
@@ -37,6 +41,7 @@ def training_arguments(settings: StageSettings, work: Path, deepspeed: dict[str,
         max_steps=settings.max_steps or -1,
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
+        max_grad_norm=settings.gradient_clip,
         lr_scheduler_type="cosine",
         warmup_steps=settings.warmup_ratio,
         bf16=settings.precision == "bf16",
@@ -44,6 +49,9 @@ def training_arguments(settings: StageSettings, work: Path, deepspeed: dict[str,
         deepspeed=deepspeed,
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        torch_compile=settings.compile,
+        use_liger_kernel=settings.use_liger_kernel,
+        average_tokens_across_devices=True,
         seed=settings.seed,
         data_seed=settings.seed,
         dataloader_num_workers=settings.workers,
@@ -62,9 +70,42 @@ def training_arguments(settings: StageSettings, work: Path, deepspeed: dict[str,
 
 
 def freeze(model: nn.Module, trainable: str) -> None:
-    """Leaves gradients on the projector, and on the language model if `trainable` says so."""
+    """Leaves gradients on the projector, on the language model and on the vision tower as `trainable` says."""
+    learns = {"projector": True, "language_model": trainable != "projector", "vision_tower": trainable == "all"}
     for name, parameter in model.named_parameters():
-        parameter.requires_grad = PROJECTOR in name or (trainable == "projector_and_llm" and "vision_tower." not in name)
+        parameter.requires_grad = learns[part_of(name)] and parameter.is_floating_point()  # quantised weights are bytes
+
+
+def freeze_unused(model: nn.Module, config: Any) -> None:
+    """Freezes what lies behind the tower's feature layer: it gets no gradient, and DeepSpeed wants one for all that learns."""
+    unused = _behind_the_features(config)
+    for name, parameter in model.named_parameters():
+        if TOWER in name and any(part in name for part in unused):
+            parameter.requires_grad = False
+
+
+def _behind_the_features(config: Any) -> list[str]:
+    """Parts of parameter names; empty where several layers' features are used."""
+    layers, layer = config.vision_config.num_hidden_layers, config.vision_feature_layer
+    if not isinstance(layer, int):
+        return ["post_layernorm."]
+    first = layers + 1 + layer if layer < 0 else layer  # hidden state 0 is that of the embeddings
+    return ["post_layernorm.", *(f"encoder.layers.{number}." for number in range(first, layers))]
+
+
+def part_of(name: str) -> str:
+    """`projector`, `vision_tower` or `language_model`, by a parameter's name in memory."""
+    return "projector" if PROJECTOR in name else "vision_tower" if TOWER in name else "language_model"
+
+
+def make_optimizer(groups: list[dict[str, Any]], settings: StageSettings) -> torch.optim.Optimizer:
+    if settings.optimizer == "adamw_8bit":
+        from bitsandbytes.optim import AdamW8bit
+
+        quantised: torch.optim.Optimizer = AdamW8bit(groups, lr=settings.learning_rate)
+        return quantised
+    # Under offloading the step runs on the CPU, where the plain loop over tensors is slow.
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, fused=True if settings.offload else None)
 
 
 class StageTrainer(Trainer):
@@ -72,28 +113,40 @@ class StageTrainer(Trainer):
 
     Args:
         settings: the stage; `arguments` must come from `training_arguments(settings, ...)`.
+        write: writes the model with the given weights (keyed as in memory, gathered) into a folder.
     """
 
-    def __init__(self, settings: StageSettings, *, args: TrainingArguments, **keywords: Any) -> None:
-        self.settings = settings
+    def __init__(
+        self,
+        settings: StageSettings,
+        write: Callable[[dict[str, torch.Tensor], Path], None],
+        *,
+        args: TrainingArguments,
+        **keywords: Any,
+    ) -> None:
+        self.settings, self.write = settings, write
+        self.supervised_tokens = 0
+        model = keywords["model"]
+        llava = model.get_base_model() if settings.lora else model
+        self.frozen_tower = None if settings.trainable == "all" else llava.model.vision_tower
         batches_per_step = args.world_size * settings.gradient_accumulation
         self.sampler = make_sampler(settings, keywords["train_dataset"].rows, batches_per_step)
         self.packing_to_check = settings.packing
         super().__init__(args=args, **keywords)
         self.add_callback(_EachEpochAndLastStep(self.sampler))
         if args.process_index == 0:
-            self.add_callback(_MetricsFile(Path(str(args.output_dir)) / METRICS))
+            self.add_callback(_MetricsFile(Path(str(args.output_dir)) / METRICS, self))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return self.sampler
 
     def compute_loss(self, model: nn.Module, *args: Any, **keywords: Any) -> Any:
         # Trainer puts the whole model in training mode at each step; a frozen tower must not drop out.
-        llava: Any = self.model
         if self.packing_to_check:
             self.packing_to_check = False
             self._check_packing(model)
-        llava.model.vision_tower.eval()
+        if self.frozen_tower is not None:
+            self.frozen_tower.eval()
         return super().compute_loss(model, *args, **keywords)
 
     def _check_packing(self, model: nn.Module) -> None:
@@ -103,27 +156,68 @@ class StageTrainer(Trainer):
         refuse_leaks(lambda **inputs: model(**inputs).logits, vocabulary, self.args.device, attention_of(llava))
         model.train()
 
+    def get_batch_samples(self, *args: Any, **keywords: Any) -> tuple[list[Any], Any]:
+        """The micro-batches of a step and its number of supervised tokens, by which Trainer divides the loss.
+
+        Raises:
+            UserError: no token of the step is supervised on any process; the loss would be 0 and teach nothing.
+        """
+        batches: tuple[list[Any], Any] = super().get_batch_samples(*args, **keywords)
+        if batches[0]:
+            self.supervised_tokens = int(batches[1])
+            if self.supervised_tokens == 0:
+                raise UserError(
+                    f"step {self.state.global_step + 1}: every label is masked, so that there is nothing to learn from. "
+                    f"The template '{self.settings.template}' marks no token of these samples as an answer: "
+                    "see what it marks with lmm inspect-mask."
+                )
+        return batches
+
+    def log(self, logs: dict[str, float], *args: Any, **keywords: Any) -> None:
+        super().log({**logs, "supervised_tokens": self.supervised_tokens} if "loss" in logs else logs, *args, **keywords)
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW with up to four groups: projector or not, weight decay or not."""
+        """One group for each of language model, projector and vision tower, with and without weight decay."""
         target: Any = self.model if model is None else model
         decayed = set(self.get_decay_parameter_names(target))
-        projector_rate = self.settings.projector_learning_rate or self.settings.learning_rate
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        rates = {"projector": self.settings.projector_learning_rate, "vision_tower": self.settings.tower_learning_rate}
+        groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
         for name, parameter in target.named_parameters():
             if parameter.requires_grad:
-                groups.setdefault((PROJECTOR in name, name in decayed), []).append(parameter)
-        self.optimizer = torch.optim.AdamW(
+                groups.setdefault((part_of(name), name in decayed), []).append(parameter)
+        self.optimizer = make_optimizer(
             [
                 {
                     "params": parameters,
-                    "lr": projector_rate if projector else self.settings.learning_rate,
+                    "lr": rates.get(part) or self.settings.learning_rate,
                     "weight_decay": self.settings.weight_decay if decays else 0.0,
                 }
-                for (projector, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+                for (part, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
             ],
-            lr=self.settings.learning_rate,
+            self.settings,
         )
         return self.optimizer
+
+    def gathered_state(self) -> dict[str, torch.Tensor]:
+        """The weights to be written, on the main process; every process must call this.
+
+        With lora only those that learn, unless the tower does: PEFT saves it whole, with the layers that stay frozen.
+        """
+        engine: Any = self.deepspeed
+        model: Any = self.model
+        if not self.settings.lora or self.settings.trainable == "all":
+            state: dict[str, torch.Tensor] = self.accelerator.get_state_dict(engine)
+        elif engine.zero_optimization_partition_weights():
+            state = engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True)
+        else:
+            state = {name: value.detach().cpu() for name, value in model.named_parameters() if value.requires_grad}
+        return state
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """A folder that transformers loads (with lora: one that PEFT loads), also in the middle of the training."""
+        state = self.gathered_state()
+        if self.args.should_save:
+            self.write(state, Path(output_dir or str(self.args.output_dir)))
 
     def _save_checkpoint(self, *args: Any, **keywords: Any) -> None:
         super()._save_checkpoint(*args, **keywords)
@@ -151,15 +245,25 @@ class _EachEpochAndLastStep(TrainerCallback):
 
 
 class _MetricsFile(TrainerCallback):
-    """Appends every log to a JSON-lines file; what lies beyond the step a run resumes from is written again."""
+    """Appends every log to a JSON-lines file, and for a step without one its number of supervised tokens.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    What lies beyond the step that a run resumes from is written again.
+    """
+
+    def __init__(self, path: Path, trainer: StageTrainer) -> None:
+        self.path, self.trainer = path, trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         kept = [row for row in read_whole_rows(self.path) if row["step"] <= state.global_step] if self.path.is_file() else []
         write_jsonl(self.path, kept)
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        if not control.should_log:
+            self._append({"step": state.global_step, "supervised_tokens": self.trainer.supervised_tokens})
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **keywords: Any) -> None:
+        self._append({"step": state.global_step, **(logs or {})})
+
+    def _append(self, row: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, **(logs or {})}) + "\n")
+            file.write(json.dumps(row) + "\n")

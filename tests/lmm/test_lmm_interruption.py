@@ -1,0 +1,131 @@
+"""SIGKILL at random instants, then the same command: bit-identical weights, for both stages, with and without LoRA, under
+ZeRO-2 and ZeRO-3; and what is on disk at the end of every save loads."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_lmm_runs import train_in_this_process
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from lmm.build import build
+from lmm.checkpoints import COMPLETE, mark_complete, newest_complete, remove_incomplete
+from lmm.settings import BuildSettings, ConversationSource, InstructionTuningSettings, LoraSettings, StageSettings
+from lmm.train import load_llava
+
+pytest.importorskip("deepspeed")
+peft = pytest.importorskip("peft")
+
+
+@pytest.fixture(scope="module")
+def model(tower: Path, llm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(BuildSettings(vision_tower=tower, llm=llm, out=tmp_path_factory.mktemp("lmm") / "model"))
+
+
+@pytest.fixture(scope="module")
+def processes() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiny_lmm_runs"])
+    return context
+
+
+def stage(data: Path, kind: str, zero_stage: int, **changes: Any) -> StageSettings:
+    values: dict[str, Any] = {"max_steps": 12, "batch_size": 2, "workers": 0, "logging_steps": 1, "save_steps": 3}
+    values |= {"zero_stage": zero_stage, "learning_rate": 3e-3} | changes
+    name = "caption" if kind == "stage1" else "chat"
+    source = ConversationSource(annotations=data / f"{name}.json", images=data / "images")
+    if kind == "stage1":
+        return StageSettings(data=[source], **values)
+    lora = LoraSettings(rank=4, alpha=8.0, dropout=0.3) if kind == "lora" else None
+    return InstructionTuningSettings(data=[source], lora=lora, **values)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = folder.glob("*model.safetensors")
+    return load_file(file)
+
+
+@pytest.mark.timeout(900)
+def test_killed_at_random_instants_in_six_trials(model: Path, data: Path, tmp_path: Path, processes: Any) -> None:
+    def started(out: Path, settings: StageSettings) -> Any:
+        process = processes.Process(target=train_in_this_process, args=(model, out, settings))
+        process.start()
+        return process
+
+    instants = random.Random(0)
+    killed, resumed = 0, 0
+    started(tmp_path / "warm", stage(data, "stage1", 2, max_steps=1)).join()  # starts the server of processes, too
+    for kind in ("stage1", "stage2", "lora"):
+        for zero_stage in (2, 3):
+            settings = stage(data, kind, zero_stage)
+            whole, cut = (tmp_path / f"{kind}{zero_stage}_{name}" for name in ("whole", "cut"))
+            start = time.monotonic()
+            reference = started(whole, settings)
+            reference.join()
+            assert reference.exitcode == 0
+            process = started(cut, settings)
+            process.join(instants.uniform(0.4, 0.95) * (time.monotonic() - start))
+            killed += process.is_alive()
+            process.kill()
+            process.join()
+            again = started(cut, settings)
+            again.join()
+            assert again.exitcode == 0
+            one, two = weights(whole), weights(cut)
+            assert one.keys() == two.keys()
+            assert [name for name in one if not torch.equal(one[name], two[name])] == [], (kind, zero_stage)
+            records = [json.loads((out / "train.json").read_text()) for out in (whole, cut)]
+            assert [row["loss"] for row in records[0]["losses"]] == [row["loss"] for row in records[1]["losses"]]
+            assert len(records[1]["losses"]) == 12
+            resumed += records[1]["resumed_from"] is not None
+    assert killed >= 3
+    assert resumed >= 1
+
+
+@pytest.mark.parametrize("kind", ["stage2", "lora"])
+def test_every_save_leaves_a_model_that_loads(kind: str, model: Path, data: Path, tmp_path: Path, processes: Any) -> None:
+    """Under ZeRO-3, where the weights have to be gathered: the run is killed after its first save."""
+    process = processes.Process(
+        target=train_in_this_process, args=(model, tmp_path / "out", stage(data, kind, 3, max_steps=600))
+    )
+    process.start()
+    while newest_complete(tmp_path / "out.training", 1) is None:
+        assert process.is_alive()
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+    saved = newest_complete(tmp_path / "out.training", 1)
+    assert saved is not None
+    ids = torch.tensor([[1, 5, 6, 7]])
+    if kind == "lora":
+        base = load_llava(model, "fp32")
+        before = base(input_ids=ids).logits
+        loaded = peft.PeftModel.from_pretrained(base, str(saved)).eval()
+    else:
+        before = load_llava(model, "fp32")(input_ids=ids).logits
+        loaded, info = LlavaForConditionalGeneration.from_pretrained(saved, output_loading_info=True)
+        assert not any(info.values())
+    assert (loaded(input_ids=ids).logits - before).abs().max() > 1e-4
+    assert AutoProcessor.from_pretrained(saved).image_token == "<image>"
+
+
+def test_a_save_cut_in_the_middle_is_skipped_with_a_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for step in (3, 6, 9):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "weights").write_bytes(b"0123456789")
+        mark_complete(folder, 1)
+    (tmp_path / "checkpoint-9" / "weights").write_bytes(b"0123")
+    (tmp_path / "checkpoint-6" / COMPLETE).unlink()
+    assert newest_complete(tmp_path, 1) == tmp_path / "checkpoint-3"
+    remove_incomplete(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-3"]
+    assert capsys.readouterr().out.splitlines() == [f"{tmp_path}/checkpoint-{step}: incomplete, removed" for step in (6, 9)]
