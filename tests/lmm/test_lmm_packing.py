@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +18,13 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlavaForConditionalGe
 
 from lift.common.errors import UserError
 from lift.common.files import read_json
+from lift.common.settings import save_settings
 from lmm.batches import Collator
 from lmm.build import build
+from lmm.combinations import check_combinations
 from lmm.conversation import IGNORED_LABEL
 from lmm.packing import PackingCollator, pack, refuse_leaks, use_packed_attention
-from lmm.settings import BuildSettings, ConversationSource, InstructionTuningSettings
+from lmm.settings import BuildSettings, ConversationSource, InstructionTuningSettings, LoraSettings
 from lmm.train import train_stage
 
 torch.set_num_threads(1)
@@ -172,7 +178,7 @@ def test_a_packed_run_has_the_losses_of_the_padded_one(
     zero_stage: int, model: Path, stage: InstructionTuningSettings, tmp_path: Path
 ) -> None:
     pytest.importorskip("deepspeed")
-    settings = dataclasses.replace(stage, zero_stage=zero_stage)
+    settings = dataclasses.replace(stage, zero_stage=zero_stage, gradient_checkpointing=zero_stage == 2)
     padded = train_stage(model, tmp_path / "padded", settings)
     packed = train_stage(model, tmp_path / "packed", dataclasses.replace(settings, packing=True))
     assert len(losses(packed)) == 4
@@ -181,3 +187,40 @@ def test_a_packed_run_has_the_losses_of_the_padded_one(
     assert max(float((one[name] - two[name]).abs().max()) for name in one) < 1e-4
     assert "packed" not in (packed / "config.json").read_text()
     assert read_json(packed / "train.json")["fingerprint"] != read_json(padded / "train.json")["fingerprint"]
+
+
+def test_adapters_train_on_packed_rows_as_on_padded_ones(model: Path, stage: InstructionTuningSettings, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    settings = dataclasses.replace(stage, lora=LoraSettings(rank=4, alpha=8, dropout=0.0), epochs=1)
+    padded = train_stage(model, tmp_path / "padded", settings)
+    packed = train_stage(model, tmp_path / "packed", dataclasses.replace(settings, packing=True))
+    assert losses(packed) == pytest.approx(losses(padded), abs=1e-5)
+
+
+def test_two_processes_pack_as_one(model: Path, stage: InstructionTuningSettings, tmp_path: Path) -> None:
+    """Each process has one of the two micro-batches; cached features, grouped and packed."""
+    pytest.importorskip("deepspeed")
+    settings = dataclasses.replace(
+        stage, packing=True, batching="grouped", cache_features=tmp_path / "cache", max_drop_fraction=0.5
+    )
+    one = train_stage(model, tmp_path / "one", settings)
+    shutil.rmtree(tmp_path / "cache")
+    save_settings(dataclasses.replace(settings, gradient_accumulation=1), tmp_path / "stage.yaml")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "lmm", "train"]
+    command = [*launcher, "--config", tmp_path / "stage.yaml", "--model", model, "--out", tmp_path / "two"]
+    # Training in this process leaves a launcher's variables in its environment.
+    kept = {k: v for k, v in os.environ.items() if k not in {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}}
+    done = subprocess.run(
+        [str(word) for word in command], env=kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-5)
+    assert len(list((tmp_path / "cache").rglob("*.f16"))) == 8
+
+
+def test_combinations_that_cannot_work_are_refused(stage: InstructionTuningSettings, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"compile: packed rows .* Leave compile or packing out"):
+        check_combinations(dataclasses.replace(stage, packing=True, compile=True), {})
+    with pytest.raises(UserError, match="cache_features: the vision tower learns"):
+        check_combinations(dataclasses.replace(stage, trainable="all", cache_features=tmp_path), {})
