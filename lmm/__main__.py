@@ -9,7 +9,9 @@ from lmm.quiet import quiet
 from lmm.settings import (
     BuildSettings,
     CheckDataSettings,
+    ExportSettings,
     FinetuneSettings,
+    ImportSettings,
     InspectMaskSettings,
     MergeSettings,
     TrainSettings,
@@ -22,6 +24,8 @@ COMMANDS = {
     "finetune": Command(FinetuneSettings, "lmm.finetune:finetune"),
     "check-data": Command(CheckDataSettings, "lmm.check_data:check_data"),
     "inspect-mask": Command(InspectMaskSettings, "lmm.inspect_mask:inspect_mask"),
+    "export": Command(ExportSettings, "lmm.llava_export:export_llava", positional=True),
+    "import": Command(ImportSettings, "lmm.llava_import:import_llava", positional=True),
 }
 
 

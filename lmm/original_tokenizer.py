@@ -17,11 +17,11 @@ from transformers import PreTrainedTokenizerFast
 from lift.common.errors import UserError
 from lift.common.files import read_json, require_folder
 from lmm.conversation import IMAGE_MARKER, ConversationEncoder
+from lmm.sentencepiece_model import SPACE, UNKNOWN, merges_of, read_pieces
 
 IMAGE_PLACEHOLDER = -200
 """Stands for an image in the original's ids where the vocabulary has no token for it."""
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast")
-SPACE = "▁"
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 
 
@@ -90,29 +90,10 @@ def _backend(folder: Path) -> Tokenizer:
 
 
 def _from_sentencepiece(path: Path) -> Tokenizer:
-    """A BPE model with the pieces of a SentencePiece one, merged in the order of their scores.
-
-    transformers' own conversion needs a protobuf that other packages of this stack do not allow.
-    """
-    try:
-        import sentencepiece
-    except ImportError as error:
-        raise UserError(f"{path}: reading it needs the package sentencepiece. Run: pip install sentencepiece") from error
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    vocabulary = {pieces.id_to_piece(number): number for number in range(pieces.get_piece_size())}
-    merges = []
-    for whole, number in vocabulary.items():
-        if pieces.is_control(number) or pieces.is_byte(number) or pieces.is_unknown(number):
-            continue
-        halves = [(whole[:cut], whole[cut:]) for cut in range(1, len(whole))]
-        known = [pair for pair in halves if pair[0] in vocabulary and pair[1] in vocabulary]
-        known.sort(key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
-        merges += [(pieces.get_score(number), pair) for pair in known]
-    merges.sort(key=lambda scored: -scored[0])
-    unknown = pieces.id_to_piece(pieces.unk_id())
-    backend = Tokenizer(
-        models.BPE(vocabulary, [pair for _, pair in merges], unk_token=unknown, fuse_unk=True, byte_fallback=True)
-    )
+    pieces = read_pieces(path)
+    vocabulary = {piece.text: number for number, piece in enumerate(pieces)}
+    unknown = next(piece.text for piece in pieces if piece.kind == UNKNOWN)
+    backend = Tokenizer(models.BPE(vocabulary, merges_of(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=True))
     backend.decoder = decoders.Sequence(
         [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )

@@ -35,6 +35,46 @@ class BuildSettings(LlavaParts):
     """Format of the weights written."""
 
 
+@dataclass
+class ImportSettings:
+    """Turns a checkpoint of the original LLaVA, or its mm_projector.bin, into a folder that transformers loads."""
+
+    source: Path
+    """Checkpoint folder whose config.json has `mm_*` keys, or an `mm_projector.bin` or the folder of one."""
+    out: Path | None = None
+    """Folder to write; it must not exist."""
+    vision_tower: Path | None = None
+    """The vision tower's folder; by default the one that the checkpoint names."""
+    model_base: Path | None = None
+    """For a projector alone: the LLaVA folder to copy, with this projector in the place of its own."""
+    chat_template: str = "vicuna_v1"
+    """`vicuna_v1`, LLaVA-1.5's own, or a Jinja file."""
+
+    def __post_init__(self) -> None:
+        if self.out is None:
+            raise ValueError("out: expected the folder to write, as in --out DIR")
+
+
+@dataclass
+class ExportSettings:
+    """Writes a LLaVA folder in the format of the original LLaVA."""
+
+    folder: Path
+    """LLaVA folder, as `lmm build`, `lmm train` or `lmm import` wrote it."""
+    out: Path | None = None
+    """Folder to write; it must not exist."""
+    format: Literal["llava"] = "llava"
+    """The original LLaVA's."""
+    part: Literal["all", "projector"] = "all"
+    """`projector`: only `mm_projector.bin`, as the original's pretraining stage writes it."""
+    mm_vision_tower: str | None = None
+    """What the checkpoint names as its vision tower; by default the full path of OUT/vision_tower, which must not move then."""
+
+    def __post_init__(self) -> None:
+        if self.out is None:
+            raise ValueError("out: expected the folder to write, as in --out DIR")
+
+
 @dataclass(kw_only=True)
 class ConversationSource:
     """Conversations, and where the images are that they name."""

@@ -12,11 +12,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from lift.common.errors import UserError
 
 SAVED_TO_DISK = ("state.json", "dataset_dict.json")
 READERS = {".parquet": "parquet", ".arrow": "arrow"}
 COLUMNS = ("messages", "conversations")
+IMAGE_COLUMNS = ("images", "image")
 
 
 class TableRows:
@@ -47,25 +51,34 @@ class TableRows:
 
 
 def table_identity(rows: TableRows, batch: int = 1000) -> dict[str, Any]:
-    """As `describe_sources` gives it: the hash of all text, and that of the names and lengths of the images."""
+    """As `describe_sources` gives it: the hash of all text, and that of the names and lengths of the images.
+
+    The images are not read; arrow knows their lengths.
+    """
     text, sizes, images = hashlib.sha256(), hashlib.sha256(), 0
     table = _table(rows.path, rows.split)
     for start in range(0, len(table), batch):
-        for row in table[start : start + batch].to_pylist():
-            pictures = row.pop("images", None) or row.pop("image", None) or []
+        part = table[start : start + batch]
+        named = [column for column in IMAGE_COLUMNS if column in part.column_names]
+        for row in part.drop_columns(named).to_pylist():
             text.update(json.dumps(row, sort_keys=True, default=str).encode("utf-8", "surrogatepass") + b"\n")
-            for picture in pictures if isinstance(pictures, list) else [pictures]:
-                images += 1
-                sizes.update(_image_line(picture).encode("utf-8", "surrogatepass") + b"\n")
-            sizes.update(b"\n")
+        for column in named:
+            lines, counts = _image_lines(part[column].combine_chunks())
+            images += len(lines)
+            sizes.update(json.dumps([column, lines, counts]).encode())
     return {"annotations_sha256": text.hexdigest(), "images": images, "images_sha256": sizes.hexdigest()}
 
 
-def _image_line(picture: Any) -> str:
-    if isinstance(picture, dict):
-        content = picture.get("bytes")
-        return f"{picture.get('path')} {len(content) if content else -1}"
-    return str(picture)
+def _image_lines(column: Any) -> tuple[list[str], list[int | None]]:
+    """Name and length in bytes of each image of an arrow column, and the number of images in each row (None: no list)."""
+    counts: list[int | None] = []
+    if pa.types.is_list(column.type) or pa.types.is_large_list(column.type):
+        counts, column = pc.list_value_length(column).to_pylist(), column.flatten()
+    if not pa.types.is_struct(column.type):
+        return [str(name) for name in column.to_pylist() if name is not None], counts
+    names, lengths = (pc.struct_field(column, name) for name in ("path", "bytes"))
+    pairs = zip(names.to_pylist(), pc.binary_length(lengths).to_pylist(), strict=True)
+    return [f"{name} {length}" for name, length in pairs if (name, length) != (None, None)], counts
 
 
 @lru_cache(maxsize=8)

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, AutoProcessor, CLIPVisionModel, L
 
 from lift.common.errors import UserError
 from lmm.build import build
+from lmm.conversation import parse_row
+from lmm.recipes import encoder_of_folder
 from lmm.settings import BuildSettings
 
 
@@ -143,3 +145,26 @@ def test_missing_llm_is_refused(tower: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="tokenizer"):
         build(BuildSettings(vision_tower=tower, llm=tmp_path / "empty", out=tmp_path / "out"))
+
+
+@pytest.mark.parametrize("legacy", ["true", "false"])
+def test_llm_with_a_sentencepiece_model_alone_gives_the_ids_of_the_original_llava(
+    legacy: str, tower: Path, shared: Path, tmp_path: Path
+) -> None:
+    fixture = shared / "fixtures" / "llava_masks"
+    llm = make_llm(tmp_path / "llm", make_tokenizer(), rows=2000)
+    for file in llm.glob("*token*"):
+        file.unlink()
+    (llm / "chat_template.jinja").unlink()
+    for file in (fixture / f"tok_slow_legacy_{legacy}").iterdir():
+        shutil.copy(file, llm)
+    out = build(BuildSettings(vision_tower=tower, llm=llm, out=tmp_path / "out", chat_template="vicuna_v1"))
+    model = LlavaForConditionalGeneration.from_pretrained(out)
+    assert model.get_input_embeddings().weight.shape[0] == 2000  # a new row would change the text loss
+    encoder = encoder_of_folder(out, "vicuna_v1", 1, 10_000)
+    reference = json.loads((fixture / f"out_v1_slow_legacy_{legacy}.json").read_text())["results"]
+    samples = {sample["id"]: sample for sample in json.loads((fixture / "conversations.json").read_text())}
+    for name in ("img_only", "img_multi", "img_second_turn", "unicode", "whitespace", "text_multi", "answer_has_eos"):
+        tokens = encoder.encode(parse_row(samples[name], tmp_path).messages)
+        ids = [-200 if token == model.config.image_token_id else token for token in tokens.input_ids]
+        assert ids == reference[name]["input_ids"], name

@@ -119,7 +119,7 @@ def test_colour_is_for_terminals_only(
         (["--config", "none.yaml"], "no such file"),
         (["--data", "DATA", "--tokenizer", "none"], "tokenizer's folder"),
         (["--data", "DATA", "--tokenizer", "EMPTY"], "expected a tokenizer"),
-        (["--data", "DATA", "--tokenizer", "LLAMA"], "cannot be read"),
+        (["--data", "DATA", "--tokenizer", "LLAMA"], "expected a SentencePiece model"),
         (["--data", "DATA", "--tokenizer", "BARE", "--template", "chat"], "chat template"),
     ],
 )

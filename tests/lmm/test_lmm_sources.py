@@ -253,10 +253,11 @@ def test_rows_read_by_offset_are_those_of_the_parser(ascii_only: bool, indent: i
     path = tmp_path / "rows.json"
     for text in (json.dumps(TRICKY, ensure_ascii=ascii_only, indent=indent), " \n[7]\r\n"):
         path.write_bytes(text.encode())
-        assert list(pickle.loads(pickle.dumps(JsonRows(path)))) == json.loads(text)
+        rows = pickle.loads(pickle.dumps(JsonRows(path)))
+        assert [rows[number] for number in range(len(rows))] == json.loads(text)
     lines = tmp_path / "rows.jsonl"
     lines.write_bytes("\r\n".join(json.dumps(row, ensure_ascii=ascii_only) for row in TRICKY).encode() + b"\n\n")
-    assert list(JsonRows(lines)) == TRICKY
+    assert [JsonRows(lines)[number] for number in range(len(TRICKY))] == TRICKY
 
 
 @pytest.mark.parametrize(
