@@ -18,7 +18,7 @@ from eval.settings import EncoderSettings
 from lift.common.settings import parse_settings
 from lift.flops import training_flops
 from lift.settings import EmbedSettings, PretrainSettings
-from lmm.settings import FinetuneSettings
+from lmm.settings import FinetuneSettings, TrainSettings
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
@@ -27,6 +27,7 @@ SETTINGS = {
     "lift": PretrainSettings,
     "clip": PretrainSettings,
     "llava": FinetuneSettings,
+    "llava15": TrainSettings,
     "benchmarks": EncoderSettings,
 }
 TEXT_SIDE = {"objective", "embeddings", "text_encoder", "clip_text", "out"}
@@ -37,9 +38,9 @@ HALF_AN_H100 = 0.5 * 989e12
 
 @pytest.fixture(autouse=True)
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LIFT_DATA", "LIFT_BENCHMARKS", "CLIP_TOKENIZER"):
+    for name in ("LIFT_DATA", "LIFT_BENCHMARKS", "CLIP_TOKENIZER", "LLAVA_MODEL", "LLAVA_DATA"):
         monkeypatch.setenv(name, f"/{name.lower()}")
-    for name in ("LIFT_DEMO", "LIFT_EMBEDDINGS", "NV_EMBED"):
+    for name in ("LIFT_DEMO", "LIFT_EMBEDDINGS", "NV_EMBED", "LLAVA_RUNS"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -120,6 +121,23 @@ def test_estimated_cost_follows_from_the_flops(name: str) -> None:
     )
     hours = 1e9 * flops / HALF_AN_H100 / 3600
     assert [cell.strip() for cell in row.split("|")[-4:-1]] == [f"{flops / 1e9:.2f}", f"{hours:.1f}", f"{hours * 4 / 3:.1f}"]
+
+
+def test_llava_recipes_have_the_published_hyperparameters() -> None:
+    """Of arXiv 2310.03744, table 9: on 8 devices the global batches are 256 and 128; the stages chain."""
+    first, second, lora, qlora = (
+        load(f"llava15_vicuna7b_{name}.yaml") for name in ("stage1", "stage2", "stage2_lora", "stage2_qlora")
+    )
+    batches = [8 * settings.batch_size * settings.gradient_accumulation for settings in (first, second, lora, qlora)]
+    assert batches == [256, 128, 128, 128]
+    assert [settings.learning_rate for settings in (first, second, lora, qlora)] == [1e-3, 2e-5, 2e-4, 2e-4]
+    assert [settings.template for settings in (first, second, lora, qlora)] == ["plain", "vicuna_v1", "vicuna_v1", "vicuna_v1"]
+    for settings in (first, second, lora, qlora):
+        common = (settings.epochs, settings.warmup_ratio, settings.weight_decay, settings.max_length, settings.precision)
+        assert common == (1, 0.03, 0.0, 2048, "bf16")
+    assert second.model == lora.model == qlora.model == first.out
+    assert (lora.lora.rank, lora.lora.alpha, lora.projector_learning_rate, lora.lora) == (128, 256, 2e-5, qlora.lora)
+    assert (lora.quantise, qlora.quantise) == ("none", "nf4")
 
 
 def test_every_recipe_stands_in_the_readme() -> None:

@@ -67,7 +67,7 @@ def test_commands_are_found_in_every_form() -> None:
 @pytest.mark.parametrize(("guide", "line"), FOUND, ids=lambda value: value.name if isinstance(value, Path) else value[:60])
 def test_command_parses(guide: Path, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
-    for name in ("LIFT_DATA", "LIFT_BENCHMARKS", "CLIP_TOKENIZER"):
+    for name in ("LIFT_DATA", "LIFT_BENCHMARKS", "CLIP_TOKENIZER", "LLAVA_MODEL", "LLAVA_DATA"):
         monkeypatch.setenv(name, f"/{name.lower()}")
     ((command, arguments),) = commands_of(line)
     arguments = ["configs/demo/lift.yaml" if word == "CONFIG.yaml" else os.path.expandvars(word) for word in arguments]

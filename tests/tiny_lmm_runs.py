@@ -13,6 +13,7 @@ if not torch.cuda.is_available():
 from pathlib import Path
 
 import deepspeed  # noqa: F401
+import torch.utils.tensorboard
 
 from lmm.quiet import quiet
 from lmm.settings import StageSettings
