@@ -40,7 +40,7 @@ class LiftLlava(lmms):
         self.batch_size = int(batch_size)
         self.model: Any = load_whole(Path(pretrained), dtype)
         self.model.to(self.device)
-        self.processor = AutoProcessor.from_pretrained(pretrained)
+        self.processor = AutoProcessor.from_pretrained(pretrained, backend="pil")
         self.processor.tokenizer.padding_side = "left"
         if self.processor.tokenizer.pad_token_id is None:
             self.processor.tokenizer.pad_token = self.processor.tokenizer.eos_token

@@ -46,6 +46,16 @@ def _of_settings(settings: StageSettings) -> list[tuple[bool, str]]:
             "Set trainable to all, or leave tower_learning_rate out.",
         ),
         (
+            settings.cache_features is not None and settings.trainable == "all",
+            "cache_features: the vision tower learns (trainable 'all'), so that its features change. "
+            "Leave cache_features out, or freeze the tower.",
+        ),
+        (
+            settings.compile and settings.packing,
+            "compile: packed rows have other lengths in each step and would be compiled anew each time. "
+            "Leave compile or packing out.",
+        ),
+        (
             settings.compile and settings.use_liger_kernel,
             "compile: Liger's kernels are compiled already and break the graph. Choose compile or use_liger_kernel.",
         ),

@@ -190,9 +190,7 @@ class ConversationEncoder:
         Raises:
             SampleFault: the template refuses the conversation.
         """
-        text = self._expanded(messages, add_generation_prompt=True)
-        begins_special = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
-        return self.tokenizer(text, add_special_tokens=not begins_special, verbose=False)["input_ids"]
+        return self.tokenize(self._expanded(messages, add_generation_prompt=True))[0]
 
     def render(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
         """Text with images expanded to their tokens, and the character spans [start, stop) of the supervised parts."""

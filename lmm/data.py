@@ -17,7 +17,7 @@ from lift.common.errors import UserError
 from lift.common.ledger import DropLedger
 from lmm.conversation import IGNORED_LABEL, ConversationEncoder, parse_row
 from lmm.faults import SampleFault
-from lmm.images import ImageReference, load_image
+from lmm.images import load_image
 from lmm.rows import Row, Rows, describe_sources, read_sources
 
 __all__ = ["Row", "Rows", "describe_sources", "load_image", "read_sources"]
@@ -132,19 +132,18 @@ class ConversationDataset(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.rows[index]
-        conversation = parse_row(row.value, row.image_store)
-        images = self._load(row, conversation.images)
-        tokens = self.encoder.encode(conversation.messages)
-        pixels = self.image_processor(images, return_tensors="pt")["pixel_values"] if images else None
-        return {"input_ids": tokens.input_ids, "labels": tokens.labels, "pixel_values": pixels}
+        tokens = self.encoder.encode(parse_row(row.value, row.image_store).messages)
+        return {"input_ids": tokens.input_ids, "labels": tokens.labels, "pixel_values": self.pixels(index)}
+
+    def pixels(self, index: int) -> torch.Tensor | None:
+        """What the images of one sample give the model."""
+        images = self.load_images(index)
+        return self.image_processor(images, return_tensors="pt")["pixel_values"] if images else None
 
     def load_images(self, index: int) -> list[Image.Image]:
         """The RGB images of one sample. Raises UserError when one that was good when checked no longer is."""
         row = self.rows[index]
-        return self._load(row, parse_row(row.value, row.image_store).images)
-
-    def _load(self, row: Row, images: list[ImageReference]) -> list[Image.Image]:
         try:
-            return [load_image(image) for image in images]
+            return [load_image(image) for image in parse_row(row.value, row.image_store).images]
         except SampleFault as fault:
             raise UserError(f"{row.key}: the image was readable before training and no longer is ({fault.detail}).") from fault

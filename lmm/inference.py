@@ -115,7 +115,7 @@ class Llava:
         self.device = torch_device(device)
         check_is_llava(folder)
         try:
-            self.processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
+            self.processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{folder}: expected the processor of a LLaVA model: {_first_line(error)}") from error
         tokenizer = self.processor.tokenizer

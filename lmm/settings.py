@@ -154,6 +154,12 @@ class StageSettings:
     """Longest sample in tokens, image tokens included; a longer sample is dropped and counted, never cut."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute precision; bf16 keeps float32 master weights in the optimizer and writes bf16."""
+    batching: Literal["random", "grouped"] = "random"
+    """`grouped`: the samples of an optimizer step are alike in length, and with or without images; less padding."""
+    packing: bool = False
+    """Puts several samples of a micro-batch in one row of at most max_length tokens; they do not see each other."""
+    cache_features: Path | None = None
+    """Folder of the vision tower's features (2 bytes each), computed once; only while the tower is frozen."""
     gradient_checkpointing: bool = False
     """Recomputes activations in the backward pass: less memory, about a third more time."""
     compile: bool = False

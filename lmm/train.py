@@ -25,14 +25,15 @@ from lift.common.files import atomic_folder, read_json, read_jsonl, require_fold
 from lift.common.ledger import DropLedger
 from lift.common.settings import save_settings, to_plain
 from lmm.adapters import BASE, add_adapters, quantisation, write_adapters
-from lmm.batches import Collator
 from lmm.build import DTYPES
 from lmm.checkpoints import newest_complete, remove_incomplete
 from lmm.combinations import check_combinations
 from lmm.conversation import ConversationEncoder, load_template
 from lmm.data import ConversationDataset, Rows, check_samples, describe_sources, read_sources
 from lmm.distributed import deepspeed_config, release, start_process_group
+from lmm.feature_cache import cached_dataset, take_features
 from lmm.folders import check_fits, check_loads, content_hash, tower_hash
+from lmm.packing import make_collator
 from lmm.processor import set_aspect_ratio
 from lmm.settings import StageSettings, TrainSettings
 from lmm.trainer import METRICS, StageTrainer, freeze, freeze_unused, training_arguments
@@ -116,7 +117,10 @@ class _Stage:
         )
         self._report(rows)
         check_fits(model, llava)
+        dataset = ConversationDataset(self.rows, self.encoder, self.processor.image_processor)
         # Made now, because under ZeRO-3 a model that is made later has its weights partitioned.
+        if settings.cache_features:
+            dataset = cached_dataset(dataset, settings, model, llava, rank, world_size)
         self.shell = None if settings.lora else make_shell(llava)
         arguments = training_arguments(settings, work, config)
         loaded = load_llava(model, settings.precision, settings.quantise)
@@ -125,16 +129,15 @@ class _Stage:
         if settings.lora:
             self.model = add_adapters(loaded, model, settings.lora, settings.trainable == "all", settings.seed)
         freeze_unused(self.model, llava)
-        vision: Any = llava.vision_config
+        if settings.cache_features:
+            take_features(llava, loaded.model.vision_tower)
         self.trainer = StageTrainer(
             settings,
             self.write,
             args=arguments,
             model=self.model,
-            train_dataset=ConversationDataset(self.rows, self.encoder, self.processor.image_processor),
-            data_collator=Collator(
-                self.processor.tokenizer.pad_token_id, llava.image_token_id, tokens_per_image(llava), vision.image_size
-            ),
+            train_dataset=dataset,
+            data_collator=make_collator(settings, llava, self.model, self.processor.tokenizer.pad_token_id),
         )
 
     def write(self, state: dict[str, torch.Tensor], folder: Path) -> None:
@@ -229,6 +232,7 @@ def stage_identity(model: Path, settings: StageSettings, config: dict[str, Any])
     deciding = {
         key: value for key, value in stage_settings(settings).items() if key not in FREE_TO_CHANGE | {"data", "deepspeed"}
     }
+    deciding["cache_features"] = settings.cache_features is not None  # where they lie does not matter, their rounding does
     records = [model / name for name in ("build.json", "train.json") if (model / name).is_file()]
     origin = read_json(records[0]) if records else {}
     data = describe_sources(settings.data)

@@ -17,8 +17,9 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lift.common.errors import UserError
 from lift.common.files import read_whole_rows, write_jsonl
-from lmm.batches import EpochSampler
+from lmm.batches import EpochSampler, make_sampler
 from lmm.checkpoints import mark_complete
+from lmm.packing import attention_of, refuse_leaks
 from lmm.settings import StageSettings
 
 PROJECTOR = "multi_modal_projector."
@@ -128,7 +129,9 @@ class StageTrainer(Trainer):
         model = keywords["model"]
         llava = model.get_base_model() if settings.lora else model
         self.frozen_tower = None if settings.trainable == "all" else llava.model.vision_tower
-        self.sampler = EpochSampler(len(keywords["train_dataset"]), settings.seed)
+        batches_per_step = args.world_size * settings.gradient_accumulation
+        self.sampler = make_sampler(settings, keywords["train_dataset"].rows, batches_per_step)
+        self.packing_to_check = settings.packing
         super().__init__(args=args, **keywords)
         self.add_callback(_EachEpochAndLastStep(self.sampler))
         if args.process_index == 0:
@@ -139,9 +142,19 @@ class StageTrainer(Trainer):
 
     def compute_loss(self, model: nn.Module, *args: Any, **keywords: Any) -> Any:
         # Trainer puts the whole model in training mode at each step; a frozen tower must not drop out.
+        if self.packing_to_check:
+            self.packing_to_check = False
+            self._check_packing(model)
         if self.frozen_tower is not None:
             self.frozen_tower.eval()
         return super().compute_loss(model, *args, **keywords)
+
+    def _check_packing(self, model: nn.Module) -> None:
+        llava: Any = self.model
+        model.eval()
+        vocabulary = llava.get_input_embeddings().num_embeddings
+        refuse_leaks(lambda **inputs: model(**inputs).logits, vocabulary, self.args.device, attention_of(llava))
+        model.train()
 
     def get_batch_samples(self, *args: Any, **keywords: Any) -> tuple[list[Any], Any]:
         """The micro-batches of a step and its number of supervised tokens, by which Trainer divides the loss.

@@ -27,6 +27,9 @@ def process_is_left_as_it_was() -> Iterator[None]:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
         importlib.import_module("deepspeed.comm.comm").cdb = None
+        groups = importlib.import_module("deepspeed.utils.groups")
+        for name in [name for name, value in vars(groups).items() if isinstance(value, torch.distributed.ProcessGroup)]:
+            setattr(groups, name, None)  # DeepSpeed would go on with the group that no longer is
 
 
 @pytest.fixture(scope="session")

@@ -113,7 +113,7 @@ def test_text_only_batch_gives_the_loss_of_text_alone_and_no_projector_gradient(
     model = LlavaForConditionalGeneration.from_pretrained(
         build(BuildSettings(vision_tower=tower, llm=llm, out=tmp_path / "model"))
     )
-    collate = Collator(pad_id=0, image_token_id=3, tokens_per_image=16, image_size=32)
+    collate = Collator(pad_id=0, image_token_id=3, tokens_per_image=16, image_shape=(3, 32, 32))
     long, short = list(range(10, 40)), list(range(50, 60))
     samples = [{"input_ids": ids, "labels": ids, "pixel_values": None} for ids in (long, short)]
     batch = collate(samples)
