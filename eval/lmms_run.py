@@ -131,7 +131,10 @@ def _last_error(log: Path) -> str:
     with log.open(encoding="utf-8", errors="replace") as file:
         lines = deque((line.strip() for line in file if line.strip()), maxlen=200)
     errors = [line for line in lines if _ERROR_LINE.match(line)]
-    return errors[-1] if errors else (lines[-1] if lines else "it printed nothing.")
+    if not errors:
+        return lines[-1] if lines else "it printed nothing."
+    # our own errors speak for themselves, and name the link to the model's folder
+    return errors[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ").removeprefix("model: ")
 
 
 def _read_responses(outputs: Path, rows: list[dict[str, Any]], log: Path) -> list[str]:
