@@ -59,7 +59,8 @@ def add_adapters(model: LlavaForConditionalGeneration, base: Path, lora: LoraSet
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        # in the base's number format: ZeRO-3 gathers parameters of one format only, and its optimizer keeps float32 itself
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
 def _target_pattern(model: nn.Module, base: Path, wanted: list[str] | None) -> str:

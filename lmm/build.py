@@ -106,9 +106,15 @@ def load_tower(folder: Path) -> CLIPVisionModel:
 def load_llm(folder: Path) -> Any:
     """A causal language model in float32. Raises UserError when it cannot be loaded whole."""
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, local_files_only=True, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            folder,
+            config=config,
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=torch.float32,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: expected a causal language model in safetensors: {str(error).splitlines()[0]}") from error

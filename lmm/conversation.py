@@ -106,7 +106,7 @@ def _check_order(messages: list[dict[str, str]]) -> None:
 
 
 def _images_of(row: dict[str, Any], images: ImageStore | None) -> list[ImageReference]:
-    value = row.get("image", row.get("images"))
+    value = row.get("images") if row.get("image") is None else row["image"]
     named = [] if value is None else value if isinstance(value, list) else [value]
     return [_image_reference(name, images) for name in named]
 
@@ -178,6 +178,10 @@ class ConversationEncoder:
 
     def tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of the rendered text, and the characters [start, stop) that each stands for."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise SampleFault("text that is no Unicode", str(error)) from error
         begins_special = bool(self.tokenizer.bos_token) and text.startswith(self.tokenizer.bos_token)
         encoding = self.tokenizer(
             text, add_special_tokens=not begins_special, return_offsets_mapping=True, return_attention_mask=False, verbose=False

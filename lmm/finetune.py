@@ -15,6 +15,7 @@ import torch
 from lift.common.files import read_json
 from lmm.build import build, choices
 from lmm.combinations import check_combinations
+from lmm.data import read_sources
 from lmm.distributed import deepspeed_config, start_process_group
 from lmm.folders import content_hash
 from lmm.settings import BuildSettings, FinetuneSettings
@@ -26,6 +27,7 @@ def finetune(settings: FinetuneSettings) -> Path:
     for stage in (settings.stage1, settings.stage2):
         if stage is not None:
             check_combinations(stage, deepspeed_config(stage))
+            read_sources(stage.data)  # a mistyped path of stage 2 is not to show after stage 1
     rank, _ = start_process_group()
     first = settings.out / "build"
     if rank == 0:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from lift.common.errors import UserError
 from lift.common.files import sha256_bytes, sha256_file, sha256_text
@@ -27,6 +27,13 @@ def content_hash(folder: Path) -> str:
     return sha256_text("\n".join(f"{file.name} {sha256_file(file)}" for file in files))
 
 
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: is not whole: {error}. Write the model folder again.") from error
+
+
 def tower_hash(folder: Path) -> str:
     """Hash of a LLaVA folder's vision tower alone: names, formats, shapes and bytes of its weights.
 
@@ -34,7 +41,7 @@ def tower_hash(folder: Path) -> str:
     """
     lines = []
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as weights:
+        with _opened(file) as weights:
             for key in weights.keys():  # noqa: SIM118  # not a dict
                 if "vision_tower." in key:
                     value = weights.get_tensor(key)
@@ -49,7 +56,7 @@ def check_fits(folder: Path, config: Any) -> None:
     text, vision = config.text_config.hidden_size, config.vision_config.hidden_size
     expected = {"linear_1.weight": (text, vision), "linear_2.weight": (text, text)}
     for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as weights:
+        with _opened(file) as weights:
             for key in weights.keys():  # noqa: SIM118
                 name = key.rpartition("multi_modal_projector.")[2]
                 shape = tuple(weights.get_slice(key).get_shape()) if "multi_modal_projector." in key else None

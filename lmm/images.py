@@ -175,6 +175,8 @@ def load_image(image: ImageReference) -> Image.Image:
         raise SampleFault("missing image", str(image)) from error
     except ImageFault as error:
         raise SampleFault("undecodable image", f"{image}: {error}") from error
+    except ValueError as error:  # no file can have that name
+        raise SampleFault("missing image", f"{str(image)!r}: {error}") from error
 
 
 def _read(member: TarMember) -> bytes:

@@ -25,6 +25,7 @@ from transformers import (
 
 from lift.common.errors import UserError
 from lift.common.files import read_json, require_folder
+from lmm.adapters import BASE
 from lmm.conversation import ConversationEncoder, SampleFault
 
 
@@ -115,7 +116,9 @@ class Llava:
         self.device = torch_device(device)
         check_is_llava(folder)
         try:
-            self.processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
+            self.processor: Any = AutoProcessor.from_pretrained(
+                folder, local_files_only=True, backend="pil", trust_remote_code=False
+            )
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UserError(f"{folder}: expected the processor of a LLaVA model: {_first_line(error)}") from error
         tokenizer = self.processor.tokenizer
@@ -245,6 +248,8 @@ class _StopWhenSet(StoppingCriteria):
 
 def check_is_llava(folder: Path) -> None:
     """Raises UserError, without loading anything."""
+    if (folder / BASE).is_file():
+        raise UserError(f"{folder}: holds adapters, not a whole model. Merge them first: lmm merge {folder}")
     config = read_json(require_folder(folder, "a LLaVA folder") / "config.json", "the configuration of a LLaVA folder")
     model_type = config.get("model_type") if isinstance(config, dict) else None
     if model_type != "llava":

@@ -71,7 +71,7 @@ def export_llava(settings: ExportSettings) -> Path:
 
 def _processor(source: Path) -> Any:
     try:
-        return AutoProcessor.from_pretrained(source, local_files_only=True, backend="pil")
+        return AutoProcessor.from_pretrained(source, local_files_only=True, backend="pil", trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{source}: expected a LLaVA folder with its processor: {str(error).splitlines()[0]}") from error
 

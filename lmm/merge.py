@@ -48,7 +48,7 @@ def merge(settings: MergeSettings) -> Path:
     merged = merged_model(base, adapter).to(dtype=DTYPES[precision])
     with atomic_folder(out) as folder:
         write_model(merged, merged.state_dict(), folder)
-        AutoProcessor.from_pretrained(adapter, backend="pil").save_pretrained(folder)
+        AutoProcessor.from_pretrained(adapter, backend="pil", trust_remote_code=False).save_pretrained(folder)
         check_loads(folder)
         for name in RECORDS:
             if (adapter / name).is_file():

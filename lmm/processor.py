@@ -26,7 +26,9 @@ def load_tokenizer(llm: Path) -> Any:
     if (llm / "tokenizer.model").is_file() and not (llm / "tokenizer.json").is_file():
         return _llama_tokenizer(llm)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(llm, padding_side="left")  # batched generation pads on the left
+        tokenizer = AutoTokenizer.from_pretrained(
+            llm, padding_side="left", trust_remote_code=False
+        )  # batched generation pads on the left
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{llm}: expected a tokenizer that transformers can load: {_first_line(error)}") from error
     if not tokenizer.is_fast:
@@ -49,6 +51,12 @@ def _llama_tokenizer(llm: Path) -> Any:
     tokenizer.padding_side = "left"  # batched generation pads on the left
     if isinstance(options.get("chat_template"), str):
         tokenizer.chat_template = options["chat_template"]
+    pad = options.get("pad_token")
+    pad = pad.get("content") if isinstance(pad, dict) else pad
+    if isinstance(pad, str) and pad in tokenizer.get_vocab():
+        tokenizer.pad_token = pad
+    if isinstance(options.get("model_max_length"), int):
+        tokenizer.model_max_length = options["model_max_length"]
     return tokenizer
 
 

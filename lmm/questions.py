@@ -121,6 +121,8 @@ def _fault(path: Path) -> tuple[str, str] | None:
         decode_image(path)
     except (OSError, ImageFault) as error:
         return image_fault(error)
+    except ValueError as error:  # no file can have that name
+        return "missing image", str(error)
     return None
 
 
@@ -130,6 +132,8 @@ def _question_id(value: Any, where: str) -> Any:
     name = value.get("question_id", value.get("id"))
     if not isinstance(name, (str, int)) or isinstance(name, bool) or name == "":
         raise UserError(f"{where}: expected a `question_id` (text or whole number), found {name!r}. Answers are matched by it.")
+    if not str(name).isprintable():
+        raise UserError(f"{where}: expected a `question_id` of printable characters, found {name!r}.")
     return name
 
 

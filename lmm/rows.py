@@ -132,6 +132,8 @@ def _element_spans(content: bytes, path: Path) -> Iterator[tuple[int, int]]:
             _, stop = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise fault(error.msg, error.pos) from error
+        except RecursionError as error:
+            raise fault("nested too deeply", position) from error
         yield position, stop
         position = skip(stop)
         mark = text[position : position + 1]
@@ -251,7 +253,7 @@ def image_names(value: Any) -> list[str]:
     """The names of the images of a row, however malformed the row is."""
     if not isinstance(value, dict):
         return []
-    found = value.get("image", value.get("images"))
+    found = value.get("images") if value.get("image") is None else value["image"]
     return [name for name in (found if isinstance(found, list) else [found]) if isinstance(name, str) and name]
 
 

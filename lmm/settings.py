@@ -258,6 +258,8 @@ class FinetuneSettings(LlavaParts):
         for name, stage in (("stage1", self.stage1), ("stage2", self.stage2)):
             if stage is not None and not stage.data:
                 raise ValueError(f'{name}.data: expected at least one source: [{{"annotations": FILE, "images": FOLDER}}]')
+        if self.stage1.lora and self.stage2 is not None:
+            raise ValueError("stage1.lora: stage 2 starts from a whole model. Give lora to stage 2, or set stage2 to null.")
 
 
 @dataclass(kw_only=True)

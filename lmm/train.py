@@ -108,6 +108,7 @@ class _Stage:
         self.rank, self.work, self.settings = rank, work, settings
         self.base, self.base_hash = model, model_hash
         self.processor, llava = load_processor(model)
+        check_fits(model, llava)
         set_aspect_ratio(self.processor, settings.image_aspect_ratio)
         self.encoder = make_encoder(self.processor, llava, settings, model)
         self.ledger = DropLedger()
@@ -116,7 +117,6 @@ class _Stage:
             rows, self.encoder, self.ledger, settings.workers, rank, world_size, settings.unsupervised == "drop"
         )
         self._report(rows)
-        check_fits(model, llava)
         dataset = ConversationDataset(self.rows, self.encoder, self.processor.image_processor)
         # Made now, because under ZeRO-3 a model that is made later has its weights partitioned.
         if settings.cache_features:
@@ -168,7 +168,7 @@ def load_processor(model: Path) -> tuple[Any, LlavaConfig]:
     if (model / BASE).is_file():
         raise UserError(f"{model}: holds adapters, not a whole model. Merge them first: lmm merge {model}")
     try:
-        processor = AutoProcessor.from_pretrained(model, backend="pil")
+        processor = AutoProcessor.from_pretrained(model, backend="pil", trust_remote_code=False)
         llava = LlavaConfig.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{model}: expected a LLaVA folder, as `lmm build` writes it: {str(error).splitlines()[0]}") from error

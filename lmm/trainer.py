@@ -152,6 +152,10 @@ class StageTrainer(Trainer):
     def _check_packing(self, model: nn.Module) -> None:
         llava: Any = self.model
         model.eval()
+        for module in model.modules():
+            # in evaluation mode a 4-bit layer on a CPU repacks its weights for good, and has no gradient from then on
+            if type(module).__module__.startswith("bitsandbytes"):
+                module.training = True
         vocabulary = llava.get_input_embeddings().num_embeddings
         refuse_leaks(lambda **inputs: model(**inputs).logits, vocabulary, self.args.device, attention_of(llava))
         model.train()
@@ -234,6 +238,10 @@ class _EachEpochAndLastStep(TrainerCallback):
 
     def __init__(self, sampler: EpochSampler) -> None:
         self.sampler = sampler
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        # a resumed Trainer takes these from the checkpoint, but they are free to change
+        state.save_steps, state.logging_steps = args.save_steps, args.logging_steps
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         steps_per_epoch = max(1, math.ceil(len(keywords["train_dataloader"]) / args.gradient_accumulation_steps))

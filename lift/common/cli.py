@@ -48,7 +48,7 @@ def run_command(prog: str, commands: dict[str, Command], arguments: list[str] | 
         run(settings)
     except UserError as error:
         # raised in a data loader's worker it arrives with that process's traceback before it
-        print(f"error: {str(error).rpartition('UserError: ')[2].strip()}", file=sys.stderr)
+        print(f"error: {_printable(str(error).rpartition('UserError: ')[2].strip())}", file=sys.stderr)
         return 2
     except Preempted as stop:
         print(f"stopped: {stop}", file=sys.stderr)
@@ -64,6 +64,11 @@ def run_command(prog: str, commands: dict[str, Command], arguments: list[str] | 
         print("This is a fault of the toolkit, not of your input. Please report it with the lines above.", file=sys.stderr)
         return 1
     return 0
+
+
+def _printable(text: str) -> str:
+    """What comes from data does not steer the terminal: control characters are shown by their codes."""
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
 
 
 def _quiet_libraries() -> None:

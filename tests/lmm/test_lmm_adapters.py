@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from lift.common.errors import UserError
+from lift.common.files import read_jsonl
 from lmm.build import build
 from lmm.finetune import finetune
 from lmm.merge import merge
@@ -188,3 +189,22 @@ def test_liger_is_refused_without_a_gpu_before_the_first_stage(tower: Path, llm:
 def test_lora_settings_are_checked(field: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="lora"):
         LoraSettings(**field)
+
+
+def test_bf16_adapters_train_under_zero_3(model: Path, data: Path, tmp_path: Path) -> None:
+    """ZeRO-3 gathers parameters of one format only: float32 adapters on a bfloat16 model would stop it."""
+    settings = chat(data, precision="bf16", zero_stage=3, max_steps=1)
+    out = train_stage(model, tmp_path / "out", settings)
+    weights = load_file(out / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+
+
+def test_packed_4_bit_training_has_the_gradient_of_the_padded_one(model: Path, data: Path, tmp_path: Path) -> None:
+    """The check for leaks runs the model in evaluation mode, where a 4-bit layer on a CPU would lose its gradient for good."""
+    found = []
+    for packing in (False, True):
+        settings = chat(data, quantise="nf4", packing=packing, max_steps=1, logging_steps=1)
+        out = train_stage(model, tmp_path / f"packing_{packing}", settings)
+        row = next(row for row in read_jsonl(out / "metrics.jsonl") if "loss" in row)
+        found.append((row["loss"], row["grad_norm"]))
+    assert found[1] == pytest.approx(found[0], rel=1e-2)

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, CLIPVisionModel, L
 from lift.common.errors import UserError
 from lmm.build import build
 from lmm.conversation import parse_row
+from lmm.folders import tower_hash
 from lmm.recipes import encoder_of_folder
 from lmm.settings import BuildSettings
 from lmm.unused_byte import NEVER_IN_UTF8
@@ -185,3 +186,24 @@ def test_llm_with_a_sentencepiece_model_alone_gives_the_ids_of_the_original_llav
         tokens = encoder.encode(parse_row(samples[name], tmp_path).messages)
         ids = [-200 if token == model.config.image_token_id else token for token in tokens.input_ids]
         assert ids == reference[name]["input_ids"], name
+
+
+def test_code_in_a_model_folder_never_runs(tower: Path, llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even when someone answers transformers' question with yes."""
+    hostile = shutil.copytree(llm, tmp_path / "hostile")
+    (hostile / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    config = json.loads((hostile / "config.json").read_text())
+    config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+    (hostile / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError, match="hostile: expected a"):
+        build(BuildSettings(vision_tower=tower, llm=hostile, out=tmp_path / "out"))
+    assert not (tmp_path / "ran").exists() and not (tmp_path / "out").exists()
+
+
+def test_weights_cut_off_in_a_model_folder_are_named(tower: Path, llm: Path, tmp_path: Path) -> None:
+    folder = build(BuildSettings(vision_tower=tower, llm=llm, out=tmp_path / "model"))
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    with pytest.raises(UserError, match=r"model\.safetensors: is not whole"):
+        tower_hash(folder)

@@ -21,7 +21,14 @@ from lmm.checkpoints import mark_complete, newest_complete, remove_incomplete
 from lmm.conversation import ConversationEncoder, load_template
 from lmm.data import ConversationDataset, check_samples, describe_sources, read_sources
 from lmm.processor import set_aspect_ratio
-from lmm.settings import BuildSettings, ConversationSource, FinetuneSettings
+from lmm.settings import (
+    BuildSettings,
+    ConversationSource,
+    FinetuneSettings,
+    InstructionTuningSettings,
+    LoraSettings,
+    StageSettings,
+)
 
 
 @pytest.fixture
@@ -199,3 +206,25 @@ def test_stage2_in_a_file_keeps_its_own_defaults(tmp_path: Path) -> None:
     assert parse_settings(FinetuneSettings, ["--config", str(file), "--stage2", "null"], "lmm finetune", "").stage2 is None
     with pytest.raises(UserError, match="learning_rate"):
         parse_settings(FinetuneSettings, ["--config", str(file), "--stage1.learning_rate", "0"], "lmm finetune", "")
+
+
+def test_texts_and_names_that_no_file_can_have_go_to_the_ledger(
+    data: Path, encoder: ConversationEncoder, tmp_path: Path
+) -> None:
+    """Both are legal JSON: half of a surrogate pair, and a zero character in a file's name."""
+    rows = [conversation("0", "fine", None), conversation("1", "half \ud83d", None), conversation("2", "Yes.", "a\0b.png")]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    ledger = DropLedger()
+    sources = read_sources([ConversationSource(annotations=tmp_path / "rows.json", images=data / "images")])
+    usable, _ = check_samples(sources, encoder, ledger, workers=0)
+    assert len(usable) == 1 and ledger.counts() == {"text that is no Unicode": 1, "missing image": 1}
+    ledger.write(tmp_path / "dropped.jsonl")
+    assert len((tmp_path / "dropped.jsonl").read_text().splitlines()) == 2
+
+
+def test_lora_in_stage_1_leads_nowhere_and_is_refused(tmp_path: Path) -> None:
+    source = [ConversationSource(annotations=tmp_path / "rows.json")]
+    parts = {"vision_tower": tmp_path, "llm": tmp_path, "out": tmp_path / "out"}
+    stage1 = StageSettings(data=source, trainable="projector_and_llm", lora=LoraSettings())
+    with pytest.raises(ValueError, match=r"stage1\.lora: stage 2 starts from a whole model"):
+        FinetuneSettings(**parts, stage1=stage1, stage2=InstructionTuningSettings(data=source))
