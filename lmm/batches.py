@@ -82,7 +82,8 @@ class GroupedSampler(EpochSampler):
 
     The samples are permuted, parted into those with and those without images, and sorted by length within windows of
     STEPS_PER_WINDOW steps; the steps cut from them come in random order. What is left of each modality makes the end of the
-    epoch, in which at most one micro-batch mixes them. Every sample comes once.
+    epoch, in which at most one micro-batch mixes them. Every sample comes once; with several
+    processes, Trainer fills the last step up with samples of the start.
 
     Args:
         lengths: tokens per sample.

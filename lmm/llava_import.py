@@ -17,6 +17,7 @@ from transformers import CLIPVisionConfig, GenerationConfig, LlavaConfig, LlavaF
 
 from lift.common.errors import UserError
 from lift.common.files import atomic_folder, read_json, require_file, sha256_file, sha256_text, write_json
+from lmm.build import CLIP_TEXT_SIDE
 from lmm.conversation import IMAGE_MARKER
 from lmm.llava_format import (
     BUFFERS,
@@ -43,7 +44,6 @@ from lmm.tensor_files import ShardWriter, Tensors, read_all, read_tensors, weigh
 
 PROJECTOR_FILE = "mm_projector.bin"
 RECORD = "build.json"  # as `lmm build` writes it: training reads the vision tower's hash there
-CLIP_TEXT_SIDE = ("text_model.", "text_projection.", "visual_projection.", "logit_scale")
 
 
 def import_llava(settings: ImportSettings) -> Path:
@@ -79,7 +79,8 @@ def _import_checkpoint(settings: ImportSettings) -> None:
     notes = [note, ensure_pad_token(tokenizer)]
     processor: Any = make_processor(tower, tokenizer, template, vision.patch_size, vision.image_size)
     processor.vision_feature_select_strategy = config.vision_feature_select_strategy
-    set_aspect_ratio(processor, "pad" if original.get("image_aspect_ratio") == "pad" else "crop")
+    padded = original.get("image_aspect_ratio") == "pad"
+    set_aspect_ratio(processor, "pad" if padded else "crop" if processor.image_processor.do_center_crop else "resize")
     assert settings.out is not None
     with atomic_folder(settings.out) as folder:
         writer = ShardWriter(folder)

@@ -48,7 +48,7 @@ def open_choice(choice: DataChoice, tokens_per_image: int | None, read_images: b
         encoder.max_length = stage.max_length if choice.max_length is None else choice.max_length
         return Choice(read_sources(stage.data), encoder, encoder.max_length, stage.max_drop_fraction)
     assert choice.data is not None  # the settings see to it
-    rows = read_sources([ConversationSource(annotations=choice.data, images=choice.images, split=choice.split)])
+    rows = read_sources([ConversationSource(annotations=choice.data, images=choice.images, split=choice.split or "train")])
     if not read_images and choice.images is None:
         store: ImageStore = NamedImages()
         rows = Rows([(file, store) for file, _ in rows.parts])
@@ -58,7 +58,7 @@ def open_choice(choice: DataChoice, tokens_per_image: int | None, read_images: b
     tokens_per_image = tokens_per_image or _tokens_per_image(choice.tokenizer)
     return Choice(
         rows,
-        encoder_of_folder(choice.tokenizer, choice.template, tokens_per_image, limit),
+        encoder_of_folder(choice.tokenizer, choice.template or "vicuna_v1", tokens_per_image, limit),
         limit,
         StageSettings.max_drop_fraction,
     )

@@ -26,6 +26,9 @@ from lmm.settings import ServeSettings
 SHOWN_PIXELS = 512
 """Longer side of an image in the conversation."""
 
+HOSTS = ["127.0.0.1", "localhost"]
+"""Names under which the page answers: a site elsewhere that points its own name here is refused."""
+
 UPLOADS_KEPT_SECONDS = 3600
 SESSIONS_KEPT = 32
 CONTENT_SECURITY_POLICY = (
@@ -66,6 +69,7 @@ def gradio() -> Any:
 def launch(page: Page, port: int, max_upload_mb: int) -> str:
     """Starts the server in the background and returns its address. Raises UserError when the port is taken."""
     from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
 
     gr = gradio()
     try:
@@ -86,7 +90,7 @@ def launch(page: Page, port: int, max_upload_mb: int) -> str:
             state_session_capacity=SESSIONS_KEPT,
             theme=gr.themes.Base(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
             css=STYLE,
-            app_kwargs={"middleware": [Middleware(_SecurityHeaders)]},
+            app_kwargs={"middleware": [Middleware(TrustedHostMiddleware, allowed_hosts=HOSTS), Middleware(_SecurityHeaders)]},
         )
     except OSError as error:
         raise UserError(f"--port {port}: cannot be opened: {error}. Choose another, or 0 for a free one.") from error

@@ -276,18 +276,22 @@ class DataChoice:
     """LLaVA JSON or JSON lines, or the folder of a `datasets` table, in place of a recipe."""
     images: Path | None = None
     """Folder, tar or folder of tars with the images of `data`."""
-    split: str = "train"
-    """Split of a table."""
+    split: str | None = None
+    """Split of a table; train when left out."""
     tokenizer: Path | None = None
     """Folder with a tokenizer: of a LLaVA model, of a language model, or an original Llama one (tokenizer.model)."""
-    template: Literal["plain", "vicuna_v1", "chat"] = "vicuna_v1"
-    """How a conversation becomes text, as in `lmm train`."""
+    template: Literal["plain", "vicuna_v1", "chat"] | None = None
+    """How a conversation of `data` becomes text, as in `lmm train`; vicuna_v1 when left out."""
     max_length: int | None = None
     """Longest usable sample in tokens, image tokens included."""
 
     def __post_init__(self) -> None:
         if (self.recipe is None) == (self.data is None):
             raise ValueError("expected either --config RECIPE or --data FILE")
+        given = "--data" if self.recipe is None else "--config"
+        for name in ("stage",) if self.recipe is None else ("images", "split", "template", "tokens_per_image"):
+            if getattr(self, name, None) is not None:
+                raise ValueError(f"--{name}: has no say beside {given}. Leave it out.")
         if self.max_length is not None and self.max_length < 1:
             raise ValueError(f"max_length: expected at least 1, found {self.max_length}")
 

@@ -115,6 +115,8 @@ def test_colour_is_for_terminals_only(
     [
         ([], "--config RECIPE or --data FILE"),
         (["--data", "x.json"], "needs --tokenizer"),
+        (["--config", "none.yaml", "--template", "chat"], "--template: has no say beside --config"),
+        (["--data", "x.json", "--tokenizer", "none", "--stage", "stage1"], "--stage: has no say beside --data"),
         (["--data", "x.json", "--tokenizer", "none"], "no such file"),
         (["--config", "none.yaml"], "no such file"),
         (["--data", "DATA", "--tokenizer", "none"], "tokenizer's folder"),

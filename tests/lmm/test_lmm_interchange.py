@@ -21,6 +21,7 @@ from lmm.build import build, load_tower
 from lmm.conversation import IGNORED_LABEL, ConversationEncoder, SampleFault, load_template, parse_row
 from lmm.llava_export import export_llava
 from lmm.llava_import import import_llava
+from lmm.processor import set_aspect_ratio
 from lmm.sentencepiece_model import llama_tokenizer
 from lmm.settings import BuildSettings, ExportSettings, ImportSettings
 from lmm.tensor_files import read_all, read_tensors
@@ -163,6 +164,21 @@ def changed(source: Path, target: Path, **config: Any) -> Path:
     values = json.loads((target / "config.json").read_text()) | config
     (target / "config.json").write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
     return target
+
+
+@pytest.mark.parametrize("ratio", ["pad", "crop", "resize"])
+def test_preprocessing_survives_the_round_trip(ratio: str, built: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(built, tmp_path / "model")
+    processor = AutoProcessor.from_pretrained(model, backend="pil")
+    set_aspect_ratio(processor, ratio)
+    processor.save_pretrained(model)
+    back = import_llava(ImportSettings(as_original(model, tmp_path), out=tmp_path / "back"))
+    image = Image.effect_noise((50, 40), 80).convert("RGB")
+    pixels = [
+        AutoProcessor.from_pretrained(folder, backend="pil").image_processor(image, return_tensors="pt")["pixel_values"]
+        for folder in (model, back)
+    ]
+    assert torch.equal(*pixels)
 
 
 def test_round_trip_without_the_original(built: Path, tmp_path: Path) -> None:

@@ -141,6 +141,8 @@ def test_headers_keep_the_browser_on_this_machine(page: SimpleNamespace) -> None
     assert "default-src 'self'" in policy and "http" not in policy
     assert "fonts.googleapis.com" not in text and '"analytics_enabled":false' in text.replace(" ", "")
     assert page.url.startswith("http://127.0.0.1:")
+    with pytest.raises(urllib.error.HTTPError, match="400"):  # as a foreign name that points to this machine would ask
+        urllib.request.urlopen(urllib.request.Request(page.url, headers={"Host": "evil.example"}))
 
 
 def test_a_question_waits_for_the_last_answer_and_faults_change_nothing(page: SimpleNamespace) -> None:
