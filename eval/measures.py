@@ -151,12 +151,11 @@ def measured(table: pa.Table, measure: Measure) -> dict[str, Any]:
 def mean_interval(found: Outcomes) -> tuple[float, float]:
     """95 % Wilson score interval of a weighted mean of values in [0, 1].
 
-    The count is the effective sample size p (1 - p) / variance, at most n, where the variance of the mean is linearised over
-    clusters: items of one image count for less when they are right or wrong together (Korn and Graubard 1998). Where all items
-    are right or all are wrong, it is the number of clusters, weighed by their size. For independent items of one stratum that
-    are right or wrong this is Wilson's interval of a proportion.
+    The count is the effective sample size p (1 - p) / variance, at most that of the weights (n for a mean over items). The
+    variance of the mean is linearised over clusters: items of one image count for less when they are right or wrong together
+    (Korn and Graubard 1998). Where all items are right or all are wrong, the count is the number of clusters, weighed by their
+    size. For independent items of one stratum that are right or wrong this is Wilson's interval of a proportion.
     """
-    n = len(found.value_N)
     mean = found.mean
     stratum_mean_S = np.bincount(found.stratum_N, found.value_N) / np.bincount(found.stratum_N)
     residual_N = found.weight_N * (found.value_N - stratum_mean_S[found.stratum_N])
@@ -166,7 +165,7 @@ def mean_interval(found: Outcomes) -> tuple[float, float]:
     residual_N[alone_N] = found.weight_N[alone_N] * np.sqrt(mean * (1 - mean))
     variance = float(np.sum(np.bincount(found.cluster_N, residual_N) ** 2))
     largest = 1 / float(np.sum(np.bincount(found.cluster_N, found.weight_N) ** 2))
-    effective = largest if variance == 0 else min(n, mean * (1 - mean) / variance)
+    effective = largest if variance == 0 else min(1 / float(np.sum(found.weight_N**2)), mean * (1 - mean) / variance)
     low, high = proportion_confint(mean * effective, effective, alpha=0.05, method="wilson")
     return float(low), float(high)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import logging
 import sys
 import traceback
 import warnings
@@ -73,11 +74,12 @@ def _printable(text: str) -> str:
 
 def _quiet_libraries() -> None:
     """Leaves the terminal to our own progress bars; what transformers would only warn of, the rooms check themselves."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a kernel that it does without
     warnings.filterwarnings("ignore", category=FutureWarning)  # what libraries will rename is our matter, not the user's
     if "transformers" in sys.modules:
-        logging = importlib.import_module("transformers.utils.logging")
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+        of_transformers = importlib.import_module("transformers.utils.logging")
+        of_transformers.set_verbosity_error()
+        of_transformers.disable_progress_bar()
 
 
 def _overview(prog: str, commands: dict[str, Command]) -> str:

@@ -67,6 +67,16 @@ def test_interval_of_few_clusters_is_wide() -> None:
     assert result["value"] == pytest.approx(0.45) and result["interval"] == pytest.approx(expected, abs=0.005)
 
 
+def test_small_subtasks_without_a_miss_do_not_make_a_macro_mean_sure() -> None:
+    """Fourteen items half right, three subtasks of two that are all right or wrong: no more than 1 / sum of w^2 items."""
+    rows = [_record("large", str(i), float(i % 2)) for i in range(14)]
+    rows += [_record(f"small {k}", str(i), float(k < 1)) for k in range(3) for i in range(2)]
+    result = measured(records_table("t", rows), Measure("m", macro=True))
+    effective = 16 / (1 / 14 + 3 / 2)
+    assert result["value"] == pytest.approx(1.5 / 4)
+    assert result["interval"] == pytest.approx(proportion_confint(0.375 * effective, effective, method="wilson"))
+
+
 @pytest.mark.parametrize("macro", [False, True])
 def test_interval_covers(macro: bool) -> None:
     """Images of three items each with a difficulty of their own, and two subtasks of unequal size and accuracy."""
