@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from eval.__main__ import main
-from eval.lmms_model import clean_answer
+from eval.lmm.plugin import clean_answer
 from eval.mmbench_data import TASK, read_questions
 from lift.common.files import read_json, read_jsonl, write_json, write_jsonl
 
@@ -48,7 +48,7 @@ def test_a_difference_from_stock_is_an_error(
 ) -> None:
     records = read_jsonl(run_folder / "records.jsonl")
     answers = [row["response"] for row in records]
-    monkeypatch.setattr("eval.lmm.run_lmms_eval", _fake_run(answers))
+    monkeypatch.setattr("eval.lmm.command.run_lmms_eval", _fake_run(answers))
     records[3]["response"] = "changed"
     (tmp_path / "run").mkdir()
     write_jsonl(tmp_path / "run" / "records.jsonl", records)
@@ -72,7 +72,7 @@ def test_a_finished_run_is_reused_and_another_model_is_not(
     def fail(*args: object, **settings: object) -> None:
         raise AssertionError("the model was run again")
 
-    monkeypatch.setattr("eval.lmm.run_lmms_eval", fail)
+    monkeypatch.setattr("eval.lmm.command.run_lmms_eval", fail)
     arguments = ["lmm", str(tiny_llava), "--data", str(questions_tsv), "--out", str(run_folder)]
     assert main([*arguments, "--batch_size", "5"]) == 0
     assert "reused" in capsys.readouterr().out
@@ -117,7 +117,7 @@ def _request(text: str, image: Any, until: list[str]) -> SimpleNamespace:
 def test_adapter_batches_text_only_rows_and_stops(tiny_llava: Path) -> None:
     from PIL import Image
 
-    from eval.lmms_adapter import LiftLlava
+    from eval.lmm.adapter import LiftLlava
 
     model = LiftLlava(str(tiny_llava), dtype="float32", device="cpu", batch_size=4)
     model.task_dict = {"task": {"split": [None]}}

@@ -18,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers import AutoProcessor
 
-from eval.lmms_model import PROGRESS, clean_answer
+from eval.lmm.plugin import PROGRESS, clean_answer
 from lmm.inference import end_tokens, load_whole, longest_first
 
 

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from eval.lmms_model import clean_answer
-from eval.lmms_run import run_lmms_eval
+from eval.lmm.plugin import clean_answer
+from eval.lmm.run import run_lmms_eval
 from eval.mmbench import record, score_records
 from eval.mmbench_data import TASK, read_questions
 from eval.output import format_table, percent

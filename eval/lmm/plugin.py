@@ -1,6 +1,6 @@
 """What lmms-eval's plug-in mechanism finds: the name `lift_llava` and where its class is; and what counts as its answer.
 
-lmms-eval imports this module whenever it starts, so it imports nothing heavy; the class is in `eval.lmms_adapter`.
+lmms-eval imports this module whenever it starts, so it imports nothing heavy; the class is in `eval.lmm.adapter`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def manifest() -> ModelManifest:
     """Entry point of the group `lmms_eval.models`."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    return ModelManifest(MODEL_NAME, chat_class_path="eval.lmms_adapter.LiftLlava")
+    return ModelManifest(MODEL_NAME, chat_class_path="eval.lmm.adapter.LiftLlava")
 
 
 def clean_answer(text: str, until: str | list[str]) -> str:

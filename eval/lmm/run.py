@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from eval.lmms_model import MODEL_NAME, PROGRESS
+from eval.lmm.plugin import MODEL_NAME, PROGRESS
 from eval.mmbench_data import TASK, task_source, write_dataset
 from lift.common.errors import UserError
 from lift.common.files import read_json, read_jsonl

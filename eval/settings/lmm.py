@@ -1,0 +1,66 @@
+"""Settings of what runs lmms-eval: `lift-eval data`, `lmm`, `stock`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from eval.settings.common import at_least, given
+
+
+@dataclass
+class DataSettings:
+    """Turns an MMBench TSV into the data folder that lmms-eval finds without a network."""
+
+    file: Path
+    """MMBench TSV (index, question, hint, A-D, answer, category, image, source, l2-category, comment, split)."""
+    out: Path | None = None
+    """Folder that will hold `lmms-lab-encoder/MMBench`; run lmms-eval in it."""
+
+    def __post_init__(self) -> None:
+        given(self.out, "out")
+
+
+@dataclass
+class LmmSettings:
+    """Runs lmms-eval's own MMBench task on a LLaVA folder and records every answer."""
+
+    folder: Path
+    """LLaVA folder that `LlavaForConditionalGeneration` and `AutoProcessor` load."""
+    data: Path | None = None
+    """MMBench TSV with the questions."""
+    out: Path | None = None
+    """Folder for the run. A finished run of the same model, data and settings is reused."""
+    batch_size: int = 16
+    """Questions answered at a time."""
+    max_new_tokens: int = 16
+    """Longest answer in tokens; MMBench asks for one letter."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the weights; `auto` is float32 on a CPU and the folder's own format on a GPU."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, ...; `auto` takes the GPU when there is one."""
+
+    def __post_init__(self) -> None:
+        given(self.data, "data")
+        given(self.out, "out")
+        at_least(self.batch_size, 1, "batch_size")
+        at_least(self.max_new_tokens, 1, "max_new_tokens")
+
+
+@dataclass
+class StockSettings:
+    """Checks a run against lmms-eval's own `llava_hf` model: the same answers, row by row."""
+
+    folder: Path
+    """LLaVA folder that the run evaluated."""
+    data: Path | None = None
+    """MMBench TSV that the run answered."""
+    against: Path | None = None
+    """Run folder written by `lift-eval lmm` in float32."""
+    device: str = "auto"
+    """`cpu`, `cuda`, ...; `auto` takes the GPU when there is one."""
+
+    def __post_init__(self) -> None:
+        given(self.data, "data")
+        given(self.against, "against")
