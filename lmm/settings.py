@@ -413,6 +413,8 @@ class ChatSettings(_Answering):
 class ServeSettings(_Answering):
     """Opens a page on this machine to ask a LLaVA model about images, or two of them side by side."""
 
+    by_position: ClassVar[tuple[str, ...]] = ("against",)
+
     against: Path | None = None
     """Second LLaVA folder, answering beside the first; may be given by position."""
     port: int = 7860
