@@ -67,6 +67,18 @@ def check_fits(folder: Path, config: Any) -> None:
                     )
 
 
+def context_length(language_model: Any) -> int:
+    """Positions that a language model of this configuration has, those that its rotary embedding is stretched by included.
+
+    2^31 where the configuration names no bound.
+    """
+    positions: int = getattr(language_model, "max_position_embeddings", None) or 2**31
+    rotary = getattr(language_model, "rope_parameters", None) or {}
+    by_layer = [value for value in rotary.values() if isinstance(value, dict)]  # one for each kind of attention
+    stretched = [values for values in [rotary, *by_layer] if values.get("rope_type") in ("linear", "dynamic", "yarn")]
+    return int(positions * max([1.0, *(float(values.get("factor") or 1) for values in stretched)]))
+
+
 def check_loads(folder: Path) -> None:
     """Loads the finished model as a user would. Raises RuntimeError when a weight is missing, left over or misshapen."""
     from transformers import LlavaForConditionalGeneration

@@ -27,6 +27,7 @@ from lift.common.errors import UserError
 from lift.common.files import read_json, require_folder
 from lmm.adapters import BASE
 from lmm.conversation import ConversationEncoder, SampleFault
+from lmm.folders import context_length
 
 
 class Question(NamedTuple):
@@ -130,7 +131,7 @@ class Llava:
         # Every choice is ours: penalties that a model's own configuration asks for would also count the padding of a batch.
         self.model.generation_config = GenerationConfig(eos_token_id=self.ends or None, pad_token_id=tokenizer.pad_token_id)
         config = self.model.config
-        self.context: int = getattr(config.text_config, "max_position_embeddings", None) or 2**31
+        self.context: int = context_length(config.text_config)
         template = self.processor.chat_template or tokenizer.chat_template
         if not isinstance(template, str):
             raise UserError(f"{folder}: expected a chat template (chat_template.jinja), found none. Train with one.")

@@ -29,10 +29,10 @@ from lmm.build import DTYPES
 from lmm.checkpoints import newest_complete, remove_incomplete
 from lmm.combinations import check_combinations
 from lmm.conversation import ConversationEncoder, load_template
-from lmm.data import ConversationDataset, Rows, check_samples, describe_sources, read_sources
+from lmm.data import ConversationDataset, Rows, check_samples, describe_sources, read_sources, require_positions
 from lmm.distributed import deepspeed_config, release, start_process_group
 from lmm.feature_cache import cached_dataset, take_features
-from lmm.folders import check_fits, check_loads, content_hash, tower_hash
+from lmm.folders import check_fits, check_loads, content_hash, context_length, tower_hash
 from lmm.packing import make_collator
 from lmm.processor import set_aspect_ratio
 from lmm.settings import StageSettings, TrainSettings
@@ -117,6 +117,7 @@ class _Stage:
             rows, self.encoder, self.ledger, settings.workers, rank, world_size, settings.unsupervised == "drop"
         )
         self._report(rows)
+        require_positions(self.rows, context_length(llava.text_config), "max_length")
         dataset = ConversationDataset(self.rows, self.encoder, self.processor.image_processor)
         # Made now, because under ZeRO-3 a model that is made later has its weights partitioned.
         if settings.cache_features:
