@@ -31,9 +31,14 @@ def merge(settings: MergeSettings) -> Path:
     Merging into the quantised weights instead would add an error as large as the update itself.
 
     Raises:
-        UserError: not an adapter folder, a base other than the one trained on, or `out` exists.
+        UserError: a whole model or no adapter folder, a base other than the one trained on, or `out` exists.
     """
     adapter = require_folder(settings.adapter, "an adapter folder of `lmm train`")
+    if not (adapter / BASE).is_file() and (adapter / "config.json").is_file():
+        raise UserError(
+            f"{adapter}: holds a whole model, not adapters: there is nothing to merge. "
+            "Use the folder as it is, or give that of a training with lora."
+        )
     out = settings.out or adapter.with_name(adapter.name + "-merged")
     if out.exists():
         raise UserError(f"{out}: exists already. Remove it or choose another --out.")
