@@ -23,7 +23,7 @@ from transformers import (
     TextIteratorStreamer,
 )
 
-from lift.common.errors import UserError
+from lift.common.errors import UserError, first_line
 from lift.common.files import read_json, require_folder
 from lmm.adapters import BASE
 from lmm.conversation import ConversationEncoder, SampleFault
@@ -81,7 +81,7 @@ def load_whole(folder: Path, dtype: str) -> Any:
             folder, local_files_only=True, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from error
+        raise UserError(f"{folder}: the model cannot be loaded: {first_line(error)}") from error
     model, info = loaded
     if wrong := sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])}):
         raise UserError(f"{folder}: weights missing or of another shape, which would run at random: {', '.join(wrong[:3])}.")
@@ -121,7 +121,7 @@ class Llava:
                 folder, local_files_only=True, backend="pil", trust_remote_code=False
             )
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{folder}: expected the processor of a LLaVA model: {_first_line(error)}") from error
+            raise UserError(f"{folder}: expected the processor of a LLaVA model: {first_line(error)}") from error
         tokenizer = self.processor.tokenizer
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -264,7 +264,3 @@ def _features(config: Any) -> int:
     """Image tokens per image: the patches, and the class token where the model keeps it."""
     vision = config.vision_config
     return (vision.image_size // vision.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

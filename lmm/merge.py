@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoProcessor
 
-from lift.common.errors import UserError
+from lift.common.errors import UserError, first_line
 from lift.common.files import atomic_folder, read_json, require_folder, sha256_file, write_json
 from lmm.adapters import BASE
 from lmm.build import DTYPES
@@ -77,9 +77,7 @@ def merged_model(base: Path, adapter: Path) -> torch.nn.Module:
     try:
         model = PeftModel.from_pretrained(llava, str(adapter), torch_device="cpu", local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{adapter}: expected adapters of rank {expected.get('r')} for {base}: {str(error).splitlines()[0]}"
-        ) from error
+        raise UserError(f"{adapter}: expected adapters of rank {expected.get('r')} for {base}: {first_line(error)}") from error
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         differing = set(file.keys()) ^ get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     if differing:  # PEFT only warns, and leaves what it does not find at random

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaImageProcessorPil, LlavaProcessor
 
-from lift.common.errors import UserError
+from lift.common.errors import UserError, first_line
 from lift.common.files import read_json, require_file
 from lmm.conversation import IMAGE_MARKER, load_template
 from lmm.sentencepiece_model import llama_tokenizer, read_pieces
@@ -30,7 +30,7 @@ def load_tokenizer(llm: Path) -> Any:
             llm, padding_side="left", trust_remote_code=False
         )  # batched generation pads on the left
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{llm}: expected a tokenizer that transformers can load: {_first_line(error)}") from error
+        raise UserError(f"{llm}: expected a tokenizer that transformers can load: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{llm}: expected a fast tokenizer (tokenizer.json), found a slow one. Convert it with transformers.")
     return tokenizer
@@ -141,7 +141,7 @@ def make_processor(tower: Path, tokenizer: Any, template: str, patch_size: int, 
     try:
         image_processor = CLIPImageProcessorPil.from_pretrained(tower)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{tower}/preprocessor_config.json: cannot be read: {_first_line(error)}") from error
+        raise UserError(f"{tower}/preprocessor_config.json: cannot be read: {first_line(error)}") from error
     crop = image_processor.crop_size
     if (crop["height"], crop["width"]) != (image_size, image_size):
         raise UserError(
@@ -178,7 +178,3 @@ def set_aspect_ratio(processor: Any, image_aspect_ratio: str) -> None:
     values["size"] = {"height": height, "width": width} if resize else {"shortest_edge": min(height, width)}
     values["do_center_crop"] = not resize
     processor.image_processor = LlavaImageProcessorPil(**values, do_pad=image_aspect_ratio == "pad")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -20,7 +20,7 @@ from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGenerati
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from lift.common.environment import describe_environment
-from lift.common.errors import UserError
+from lift.common.errors import UserError, first_line
 from lift.common.files import atomic_folder, read_json, read_jsonl, require_folder, sha256_text, write_json
 from lift.common.ledger import DropLedger
 from lift.common.settings import save_settings, to_plain
@@ -172,7 +172,7 @@ def load_processor(model: Path) -> tuple[Any, LlavaConfig]:
         processor = AutoProcessor.from_pretrained(model, backend="pil", trust_remote_code=False)
         llava = LlavaConfig.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{model}: expected a LLaVA folder, as `lmm build` writes it: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{model}: expected a LLaVA folder, as `lmm build` writes it: {first_line(error)}") from error
     if llava.model_type != "llava" or llava.vision_feature_select_strategy != "default":
         raise UserError(f"{model}: expected a LLaVA model with vision_feature_select_strategy 'default'.")
     if processor.tokenizer.pad_token_id is None:
@@ -199,7 +199,7 @@ def load_llava(model: Path, precision: str, quantise: str = "none") -> LlavaForC
             model, local_files_only=True, use_safetensors=True, dtype=DTYPES[precision], output_loading_info=True, **keywords
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{model}: the model cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{model}: the model cannot be loaded: {first_line(error)}") from error
     llava, info = loaded
     if info["missing_keys"] or info["unexpected_keys"]:
         keys = sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"]]))
