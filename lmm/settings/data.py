@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from lmm.settings.common import at_least, share
+
 
 @dataclass(kw_only=True)
 class ConversationSource:
@@ -51,8 +53,7 @@ class DataChoice:
         for name in ("stage",) if self.recipe is None else ("images", "split", "template", "tokens_per_image"):
             if getattr(self, name, None) is not None:
                 raise ValueError(f"--{name}: has no say beside {given}. Leave it out.")
-        if self.max_length is not None and self.max_length < 1:
-            raise ValueError(f"max_length: expected at least 1, found {self.max_length}")
+        at_least(self, 1, "max_length")
 
 
 @dataclass(kw_only=True)
@@ -69,8 +70,7 @@ class InspectMaskSettings(DataChoice):
         super().__post_init__()
         if self.data is not None and self.tokenizer is None:
             raise ValueError("--data needs --tokenizer DIR")
-        if self.n is not None and self.n < 1:
-            raise ValueError(f"n: expected at least 1, found {self.n}")
+        at_least(self, 1, "n")
 
 
 @dataclass(kw_only=True)
@@ -90,9 +90,6 @@ class CheckDataSettings(DataChoice):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.max_drop_fraction is not None and not 0 <= self.max_drop_fraction <= 1:
-            raise ValueError(f"max_drop_fraction: expected a share between 0 and 1, found {self.max_drop_fraction}")
-        if self.tokens_per_image is not None and self.tokens_per_image < 1:
-            raise ValueError(f"tokens_per_image: expected at least 1, found {self.tokens_per_image}")
-        if self.workers < 0:
-            raise ValueError(f"workers: expected at least 0, found {self.workers}")
+        share(self, "max_drop_fraction")
+        at_least(self, 1, "tokens_per_image")
+        at_least(self, 0, "workers")

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from lmm.settings.common import at_least, share
 from lmm.settings.data import ConversationSource
 from lmm.settings.models import LlavaParts
 
@@ -111,20 +112,15 @@ class StageSettings:
     """What a sample without any supervised token is: an error before training, or one more dropped sample."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "gradient_accumulation", "max_length", "save_steps", "logging_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        at_least(self, 1, "batch_size", "gradient_accumulation", "max_length", "save_steps", "logging_steps")
         for name in ("learning_rate", "epochs", "projector_learning_rate", "tower_learning_rate", "max_steps"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name}: expected more than 0, found {value}")
         if not 0 <= self.warmup_ratio < 1:
             raise ValueError(f"warmup_ratio: expected a share of at least 0 and below 1, found {self.warmup_ratio}")
-        if not 0 <= self.max_drop_fraction <= 1:
-            raise ValueError(f"max_drop_fraction: expected a share between 0 and 1, found {self.max_drop_fraction}")
-        for name in ("workers", "weight_decay", "gradient_clip"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected at least 0, found {getattr(self, name)}")
+        share(self, "max_drop_fraction")
+        at_least(self, 0, "workers", "weight_decay", "gradient_clip")
 
 
 @dataclass(kw_only=True)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from lmm.settings.common import at_least, share
+
 
 @dataclass
 class _Answering:
@@ -13,11 +15,20 @@ class _Answering:
 
     model: Path
     """LLaVA folder, as `lmm train` writes it."""
+    max_new_tokens: int = 512
+    """Longest answer in tokens."""
+    temperature: float = 0.0
+    """0 takes the likeliest token; above, tokens are drawn."""
+    seed: int = 0
+    """Seed of what is drawn."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the weights; `auto` is float32 on a CPU and the folder's own format on a GPU."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, ...; `auto` takes the GPU when there is one."""
 
-    def _check(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("workers", 1), ("temperature", 0), ("max_upload_mb", 1)):
-            if getattr(self, name, least) < least:
-                raise ValueError(f"{name}: expected at least {least}, found {getattr(self, name)}")
+    def __post_init__(self) -> None:
+        at_least(self, 1, "max_new_tokens")
+        at_least(self, 0, "temperature")
 
 
 @dataclass
@@ -36,14 +47,8 @@ class GenerateSettings(_Answering):
     """Longest answer in tokens."""
     temperature: float = 0.0
     """0 takes the likeliest token; above, tokens are drawn, from a seed of each question's own."""
-    seed: int = 0
-    """Seed of what is drawn."""
     max_drop_fraction: float = 0.0
     """Nothing is answered when a larger share of the questions cannot be."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the weights; `auto` is float32 on a CPU and the folder's own format on a GPU."""
-    device: str = "auto"
-    """`cpu`, `cuda`, `cuda:1`, ...; `auto` takes the GPU when there is one."""
     workers: int = 4
     """Threads that check the images."""
 
@@ -51,9 +56,9 @@ class GenerateSettings(_Answering):
         for name in ("questions", "out"):
             if getattr(self, name) is None:
                 raise ValueError(f"--{name} FILE.jsonl is required")
-        if not 0 <= self.max_drop_fraction <= 1:
-            raise ValueError(f"max_drop_fraction: expected a share between 0 and 1, found {self.max_drop_fraction}")
-        self._check()
+        share(self, "max_drop_fraction")
+        at_least(self, 1, "batch_size", "workers")
+        super().__post_init__()
 
 
 @dataclass
@@ -62,19 +67,6 @@ class ChatSettings(_Answering):
 
     image: Path | None = None
     """Image that the first question is about; `/image FILE` adds others."""
-    max_new_tokens: int = 512
-    """Longest answer in tokens."""
-    temperature: float = 0.0
-    """0 takes the likeliest token; above, tokens are drawn."""
-    seed: int = 0
-    """Seed of what is drawn."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the weights; `auto` is float32 on a CPU and the folder's own format on a GPU."""
-    device: str = "auto"
-    """`cpu`, `cuda`, `cuda:1`, ...; `auto` takes the GPU when there is one."""
-
-    def __post_init__(self) -> None:
-        self._check()
 
 
 @dataclass
@@ -87,20 +79,11 @@ class ServeSettings(_Answering):
     """Second LLaVA folder, answering beside the first; may be given by position."""
     port: int = 7860
     """Port on 127.0.0.1; 0 takes a free one."""
-    max_new_tokens: int = 512
-    """Longest answer in tokens."""
-    temperature: float = 0.0
-    """0 takes the likeliest token; above, tokens are drawn."""
-    seed: int = 0
-    """Seed of what is drawn."""
     max_upload_mb: int = 20
     """Largest file that may be uploaded, in megabytes."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Number format of the weights; `auto` is float32 on a CPU and the folder's own format on a GPU."""
-    device: str = "auto"
-    """`cpu`, `cuda`, `cuda:1`, ...; `auto` takes the GPU when there is one."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise ValueError(f"port: expected 0 to 65535, found {self.port}")
-        self._check()
+        at_least(self, 1, "max_upload_mb")
+        super().__post_init__()
