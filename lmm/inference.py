@@ -13,11 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from transformers import (
     AutoProcessor,
     GenerationConfig,
-    LlavaForConditionalGeneration,
     LogitsProcessor,
     StoppingCriteria,
     TextIteratorStreamer,
@@ -27,7 +25,7 @@ from lift.common.errors import UserError, first_line
 from lift.common.files import read_json, require_folder
 from lmm.adapters import BASE
 from lmm.conversation import ConversationEncoder, SampleFault
-from lmm.folders import context_length
+from lmm.folders import context_length, load_weights
 
 
 class Question(NamedTuple):
@@ -71,21 +69,8 @@ def number_format(dtype: str, device: torch.device) -> str:
 
 
 def load_whole(folder: Path, dtype: str) -> Any:
-    """A LlavaForConditionalGeneration in evaluation mode.
-
-    Raises:
-        UserError: it cannot be loaded, or a weight is missing or misshapen and would run at random.
-    """
-    try:
-        loaded: Any = LlavaForConditionalGeneration.from_pretrained(
-            folder, local_files_only=True, dtype=dtype, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: the model cannot be loaded: {first_line(error)}") from error
-    model, info = loaded
-    if wrong := sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])}):
-        raise UserError(f"{folder}: weights missing or of another shape, which would run at random: {', '.join(wrong[:3])}.")
-    return model.eval()
+    """A LlavaForConditionalGeneration in evaluation mode. Raises UserError when a weight would be random."""
+    return load_weights(folder, left_over=True, dtype=dtype).eval()
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:

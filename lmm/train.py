@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -32,7 +31,7 @@ from lmm.conversation import ConversationEncoder, load_template
 from lmm.data import ConversationDataset, Rows, check_samples, describe_sources, read_sources, require_positions
 from lmm.distributed import deepspeed_config, release, start_process_group
 from lmm.feature_cache import cached_dataset, take_features
-from lmm.folders import check_fits, check_loads, content_hash, context_length, tower_hash
+from lmm.folders import check_fits, check_loads, content_hash, context_length, load_weights, tower_hash
 from lmm.packing import make_collator
 from lmm.processor import set_aspect_ratio
 from lmm.settings import StageSettings, TrainSettings
@@ -187,24 +186,14 @@ def load_llava(model: Path, precision: str, quantise: str = "none") -> LlavaForC
     """The model with every weight from `model`; its language model held in few bits if `quantise` says so.
 
     Raises:
-        UserError: a weight is missing, left over or misshapen.
+        UserError: as `load_weights`.
     """
     keywords: dict[str, Any] = {}
     if quantise != "none":
         keywords["quantization_config"] = quantisation(quantise, DTYPES[precision])
         if not is_deepspeed_zero3_enabled():  # which finds the place by itself
             keywords["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
-    try:
-        loaded: Any = LlavaForConditionalGeneration.from_pretrained(
-            model, local_files_only=True, use_safetensors=True, dtype=DTYPES[precision], output_loading_info=True, **keywords
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{model}: the model cannot be loaded: {first_line(error)}") from error
-    llava, info = loaded
-    if info["missing_keys"] or info["unexpected_keys"]:
-        keys = sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"]]))
-        raise UserError(f"{model}: expected the weights of a LLaVA model; missing or unknown are {', '.join(keys[:3])}.")
-    return llava
+    return load_weights(model, use_safetensors=True, dtype=DTYPES[precision], **keywords)
 
 
 def make_encoder(processor: Any, llava: LlavaConfig, settings: StageSettings, model: Path) -> ConversationEncoder:

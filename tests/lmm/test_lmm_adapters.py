@@ -141,7 +141,7 @@ def test_merge_refuses_what_does_not_belong_together(
     with pytest.raises(UserError, match="is not the model that"):
         merge(MergeSettings(adapter=adapter, out=tmp_path / "out", base=other))
     with pytest.raises(UserError, match="record of the base model"):
-        merge(MergeSettings(adapter=model, out=tmp_path / "out"))
+        merge(MergeSettings(adapter=tmp_path, out=tmp_path / "out"))
     with pytest.raises(UserError, match="exists already"):
         merge(MergeSettings(adapter=adapter, out=model))
     cut = shutil.copytree(adapter, tmp_path / "cut")
