@@ -89,7 +89,8 @@ class StageSettings:
     gradient_checkpointing: bool = False
     """Recomputes activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Runs the model through torch.compile; it is compiled anew for a few lengths, and needs a C++ compiler on a CPU."""
+    """Runs the model through torch.compile, anew for a few lengths: for long runs on a GPU. On a CPU, where it needs a C++
+    compiler, compiling takes longer than it saves."""
     use_liger_kernel: bool = False
     """Liger's kernels with the linear layer and cross-entropy of the loss fused, so that no logits are kept; CUDA only."""
     zero_stage: Literal[2, 3] = 2
