@@ -197,7 +197,7 @@ def test_what_cannot_be_answered_stops_the_run_or_is_left_out(model: Path, image
         ([{"question_id": 1, "messages": [{"role": "assistant", "content": "a"}]}], "roles do not alternate"),
         ([{"question_id": 1, "messages": [{"role": "user", "content": "a"}] * 2}], "roles do not alternate"),
         ([{"question_id": 1, "messages": [{"role": "tool", "content": "a"}]}], "unknown role"),
-        ([{"question_id": 1, "messages": [{"role": "user", "content": [{"type": "video"}]}]}], "parts of type text or image"),
+        ([{"question_id": 1, "messages": [{"role": "user", "content": [{"type": "video"}]}]}], "unknown content part"),
     ],
 )
 def test_bad_questions(rows: list[Any], message: str, model: Path, images: Path, tmp_path: Path, monkeypatch: Any) -> None:
