@@ -26,7 +26,7 @@ from lift.common.errors import UserError
 from lift.common.files import read_json, require_folder, sha256_folder, sha256_text
 from lift.images import evaluation_transform
 from lift.model import class_token_feature, lift_head, mean_patch_feature
-from lift.official import EVALUATION_CROP, NOT_WEIGHTS, official_evaluation_pixels
+from lift.official import NOT_WEIGHTS, official_evaluation_pixels, require_official_size
 from lift.onednn import use_onednn
 from lift.settings import TextEncoderSettings
 from lift.text_encoders import describe_text_encoder, load_text_encoder
@@ -110,11 +110,7 @@ class Encoder:
         """
         if protocol == "standard":
             return self._evaluation_pixels(image.convert("RGB"))
-        if self.vision.config.image_size != EVALUATION_CROP:
-            raise UserError(
-                f"{self.folder}: the official evaluation protocol crops {EVALUATION_CROP} pixels, but this encoder sees "
-                f"{self.vision.config.image_size}. Use --protocol standard."
-            )
+        require_official_size(str(self.folder), self.vision.config.image_size)
         return official_evaluation_pixels(image)
 
     @torch.inference_mode()

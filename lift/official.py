@@ -74,6 +74,19 @@ def official_evaluation_pixels(image: Image.Image) -> Tensor:
     return transforms.normalize(transforms.to_tensor(cropped), list(IMAGENET_MEAN), list(IMAGENET_STD))
 
 
+def require_official_size(name: str, image_size: int | None) -> None:
+    """Raises UserError for an encoder `name` that does not see what `official_evaluation_pixels` gives.
+
+    Args:
+        image_size: pixels of a side, None for another shape than a square or for none that is fixed.
+    """
+    if image_size != EVALUATION_CROP:
+        raise UserError(
+            f"{name}: the official evaluation protocol crops {EVALUATION_CROP} pixels, but this encoder sees "
+            f"{image_size or 'other shapes'}. Use --protocol standard."
+        )
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """An official checkpoint's weights, float32, under the names of the official model without the `module.` prefix."""

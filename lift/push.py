@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lift.common.errors import UserError
+from lift.common.errors import UserError, first_line
 from lift.common.files import require_file, write_text
 from lift.encoder import CARD, encoder_hash
 from lift.model_card import GENERATED, model_card, read_results
@@ -56,15 +56,10 @@ def _upload(folder: Path, repo: str, private: bool) -> str:
             ignore_patterns="*.partial",
         )
     except HFValidationError as error:
-        raise UserError(f"--repo {repo}: not a repository name: {_first_line(error)}") from error
+        raise UserError(f"--repo {repo}: not a repository name: {first_line(error)}") from error
     except (HTTPError, OSError) as error:
         raise UserError(
-            f"--repo {repo}: the Hub cannot be reached or refuses: {_first_line(error)}. "
+            f"--repo {repo}: the Hub cannot be reached or refuses: {first_line(error)}. "
             "Check the network, the name and your login (hf auth login, or HF_TOKEN), then push again."
         ) from error
     return str(url)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

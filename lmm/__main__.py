@@ -37,14 +37,7 @@ COMMANDS = {
 
 def main() -> int:
     quiet()
-    return run_command("lmm", COMMANDS, _second_folder(sys.argv[1:]))
-
-
-def _second_folder(arguments: list[str]) -> list[str]:
-    """`lmm serve DIR DIR2` as `lmm serve DIR --against DIR2`: the settings parser takes required ones by position only."""
-    if arguments[:1] == ["serve"] and len(arguments) > 2 and not any(word.startswith("-") for word in arguments[1:3]):
-        return [*arguments[:2], "--against", *arguments[2:]]
-    return arguments
+    return run_command("lmm", COMMANDS)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from lift.common.errors import UserError
+from lift.common.errors import UserError, first_line
 from lift.common.files import atomic_folder, require_file, require_folder, sha256_file, write_json
 from lmm.folders import content_hash
 from lmm.processor import add_image_token, choose_chat_template, ensure_pad_token, load_tokenizer, make_processor
@@ -84,9 +84,7 @@ def load_tower(folder: Path) -> CLIPVisionModel:
             ignore_mismatched_sizes=True,
         )  # fmt: skip
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise UserError(
-            f"{folder}: expected a transformers CLIPVisionModel in safetensors: {str(error).splitlines()[0]}"
-        ) from error
+        raise UserError(f"{folder}: expected a transformers CLIPVisionModel in safetensors: {first_line(error)}") from error
     tower, info = loaded
     left_over = [key for key in info["unexpected_keys"] if not key.startswith(CLIP_TEXT_SIDE)]
     for problem, keys in (
@@ -117,7 +115,7 @@ def load_llm(folder: Path) -> Any:
             output_loading_info=True,
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: expected a causal language model in safetensors: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{folder}: expected a causal language model in safetensors: {first_line(error)}") from error
     llm, info = loaded
     if info["missing_keys"]:
         raise UserError(f"{folder}: the language model lacks weights, such as {sorted(info['missing_keys'])[0]}.")

@@ -61,11 +61,16 @@ def parse_row(row: Any, images: ImageStore | Path | None) -> Conversation:
     found = _images_of(row, FolderImages(images) if isinstance(images, Path) else images)
     if markers != len(found):
         raise SampleFault("image count", f"{markers} {IMAGE_MARKER} in the text, {len(found)} images")
+    move_single_markers(messages)
+    return Conversation(messages, found)
+
+
+def move_single_markers(messages: list[dict[str, str]]) -> None:
+    """Puts a message's single `<image>` at its front, in place, as LLaVA does."""
     for message in messages:
         if message["content"].count(IMAGE_MARKER) == 1:
             rest = message["content"].replace(IMAGE_MARKER, "").strip()
             message["content"] = f"{IMAGE_MARKER}\n{rest}".strip()
-    return Conversation(messages, found)
 
 
 def _turn(turn: Any) -> tuple[Any, str]:
@@ -74,13 +79,14 @@ def _turn(turn: Any) -> tuple[Any, str]:
         raise SampleFault("malformed row", "expected turns with `from` and a text `value`, or `role` and `content`")
     content = turn.get("value", turn.get("content"))
     if isinstance(content, list):
-        content = "".join(_part_text(part) for part in content)
+        content = "".join(map(part_text, content))
     if not isinstance(content, str):
         raise SampleFault("malformed row", "expected turns with `from` and a text `value`, or `role` and `content`")
     return turn.get("from", turn.get("role")), content
 
 
-def _part_text(part: Any) -> str:
+def part_text(part: Any) -> str:
+    """Of one part of a message's content; `<image>` for an image. Raises SampleFault for a part of another kind."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "image":
         return f"{IMAGE_MARKER}\n"
@@ -93,16 +99,21 @@ def _check_order(messages: list[dict[str, str]]) -> None:
     turns = messages[1:] if messages[0]["role"] == "system" else messages
     if not turns or turns[0]["role"] != "user":
         raise SampleFault("starts with an answer" if turns and turns[0]["role"] == "assistant" else "no question")
+    check_turns(turns)
+    for number, message in enumerate(turns):
+        if message["role"] == "assistant" and not message["content"].strip():
+            raise SampleFault("empty answer", f"turn {number}")
+    if len(turns) == 1:
+        raise SampleFault("no answer")
+
+
+def check_turns(turns: list[dict[str, str]]) -> None:
+    """Raises SampleFault unless questions and answers alternate and no answer has an image."""
     for number, message in enumerate(turns):
         if message["role"] != ("user", "assistant")[number % 2]:
             raise SampleFault("roles do not alternate", f"turn {number} is by '{message['role']}'")
-        if message["role"] == "assistant":
-            if not message["content"].strip():
-                raise SampleFault("empty answer", f"turn {number}")
-            if IMAGE_MARKER in message["content"]:
-                raise SampleFault("image in an answer", f"turn {number}")
-    if len(turns) == 1:
-        raise SampleFault("no answer")
+        if message["role"] == "assistant" and IMAGE_MARKER in message["content"]:
+            raise SampleFault("image in an answer", f"turn {number}")
 
 
 def _images_of(row: dict[str, Any], images: ImageStore | None) -> list[ImageReference]:

@@ -121,6 +121,23 @@ def check_samples(
     return usable, sum(checks[index].supervised for index in numbers)
 
 
+def require_positions(rows: Rows, positions: int, setting: str) -> None:
+    """Refuses checked rows that go beyond the language model's positions: there it fails, or learns what it was not made for.
+
+    Args:
+        positions: that the language model has.
+        setting: name of the setting that let them in, for the message.
+    Raises:
+        UserError: naming the longest.
+    """
+    longest = int(rows.lengths.argmax())
+    if rows.lengths[longest] > positions:
+        raise UserError(
+            f"{rows[longest].key}: {rows.lengths[longest]} tokens, but the language model has {positions} positions. "
+            f"Set {setting} to {positions} or less; longer samples are then dropped and counted."
+        )
+
+
 class ConversationDataset(Dataset[dict[str, Any]]):
     """Samples: `input_ids` and `labels` (lists of int), `pixel_values` (float32 [images, 3, H, W], None for text only)."""
 

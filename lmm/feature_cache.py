@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import AutoModel, LlavaConfig
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from lift.common.errors import UserError
+from lift.common.errors import UserError, first_line
 from lift.common.files import atomic_file, sha256_text, write_json
 from lmm.build import DTYPES
 from lmm.data import ConversationDataset
@@ -224,7 +224,7 @@ def load_tower(model: Path, llava: LlavaConfig, precision: torch.dtype) -> Any:
         tower: Any = AutoModel.from_config(llava.vision_config)
         tower.load_state_dict(state)
     except (SafetensorError, RuntimeError) as error:
-        raise UserError(f"{model}: the vision tower cannot be loaded by itself: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{model}: the vision tower cannot be loaded by itself: {first_line(error)}") from error
     return tower.to(precision).eval()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from lift.common.errors import UserError
+from lift.common.errors import UserError, first_line
 from lift.common.files import sha256_bytes, sha256_file, sha256_text
 
 # What decides how a model behaves; records of how it came to be do not.
@@ -65,6 +65,43 @@ def check_fits(folder: Path, config: Any) -> None:
                         f"{file}: the projector's {name} is {shape[0]} x {shape[1]}, but config.json has a vision tower of "
                         f"hidden size {vision} and a language model of {text}. Build the model anew with this tower: lmm build."
                     )
+
+
+def context_length(language_model: Any) -> int:
+    """Positions that a language model of this configuration has, those that its rotary embedding is stretched by included.
+
+    2^31 where the configuration names no bound.
+    """
+    positions: int = getattr(language_model, "max_position_embeddings", None) or 2**31
+    rotary = getattr(language_model, "rope_parameters", None) or {}
+    by_layer = [value for value in rotary.values() if isinstance(value, dict)]  # one for each kind of attention
+    stretched = [values for values in [rotary, *by_layer] if values.get("rope_type") in ("linear", "dynamic", "yarn")]
+    return int(positions * max([1.0, *(float(values.get("factor") or 1) for values in stretched)]))
+
+
+def load_weights(folder: Path, left_over: bool = False, **keywords: Any) -> Any:
+    """A LlavaForConditionalGeneration with every weight from `folder`; transformers alone would only warn of random ones.
+
+    Args:
+        left_over: weights that the model has no place for are allowed.
+        keywords: further ones of `from_pretrained`.
+    Raises:
+        UserError: it cannot be loaded, or a weight is missing, left over or misshapen.
+    """
+    from transformers import LlavaForConditionalGeneration
+
+    try:
+        loaded: Any = LlavaForConditionalGeneration.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, **keywords
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{folder}: the model cannot be loaded: {first_line(error)}") from error
+    model, info = loaded
+    wrong = [*info["missing_keys"], *info["mismatched_keys"], *([] if left_over else info["unexpected_keys"])]
+    if wrong:
+        keys = ", ".join(sorted(map(str, wrong))[:3])
+        raise UserError(f"{folder}: expected the weights of a LLaVA model, none random; missing or unknown are {keys}.")
+    return model
 
 
 def check_loads(folder: Path) -> None:

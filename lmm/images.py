@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tarfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Protocol
+from typing import IO, Protocol
 
 import numpy as np
 from PIL import Image
 
 from lift.common.errors import UserError
 from lift.common.images import ImageFault, decode_image
+from lift.common.tars import tar_files
 from lmm.faults import SampleFault
 
 
@@ -130,22 +130,8 @@ def _tar_images(tars: tuple[tuple[Path, int], ...]) -> TarImages:
 
 
 def _members(tar: Path) -> list[tuple[str, tuple[int, int]]]:
-    members, end = [], 0
-    try:
-        with tar.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as opened:
-            archive: Any = opened
-            for member in archive:
-                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                if member.isfile():
-                    members.append((_plain(member.name), (member.offset_data, member.size)))
-                archive.members = []  # else it keeps a large object for each of a million members
-            # tarfile takes a file that was cut off for one that ends there; only the mark of the end tells them apart
-            file.seek(end)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"the mark of its end is missing at byte {end}")
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{tar}: not a whole, uncompressed tar: {error}. Fetch the file again or remove it.") from error
-    return members
+    with tar.open("rb") as file:
+        return [(_plain(member.name), (member.offset_data, member.size)) for member in tar_files(file, str(tar))]
 
 
 def _plain(name: str) -> str:

@@ -13,20 +13,19 @@ from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from transformers import (
     AutoProcessor,
     GenerationConfig,
-    LlavaForConditionalGeneration,
     LogitsProcessor,
     StoppingCriteria,
     TextIteratorStreamer,
 )
 
-from lift.common.errors import UserError
+from lift.common.errors import UserError, first_line
 from lift.common.files import read_json, require_folder
 from lmm.adapters import BASE
 from lmm.conversation import ConversationEncoder, SampleFault
+from lmm.folders import context_length, load_weights
 
 
 class Question(NamedTuple):
@@ -70,21 +69,8 @@ def number_format(dtype: str, device: torch.device) -> str:
 
 
 def load_whole(folder: Path, dtype: str) -> Any:
-    """A LlavaForConditionalGeneration in evaluation mode.
-
-    Raises:
-        UserError: it cannot be loaded, or a weight is missing or misshapen and would run at random.
-    """
-    try:
-        loaded: Any = LlavaForConditionalGeneration.from_pretrained(
-            folder, local_files_only=True, dtype=dtype, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from error
-    model, info = loaded
-    if wrong := sorted({*info["missing_keys"], *map(str, info["mismatched_keys"])}):
-        raise UserError(f"{folder}: weights missing or of another shape, which would run at random: {', '.join(wrong[:3])}.")
-    return model.eval()
+    """A LlavaForConditionalGeneration in evaluation mode. Raises UserError when a weight would be random."""
+    return load_weights(folder, left_over=True, dtype=dtype).eval()
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -120,7 +106,7 @@ class Llava:
                 folder, local_files_only=True, backend="pil", trust_remote_code=False
             )
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UserError(f"{folder}: expected the processor of a LLaVA model: {_first_line(error)}") from error
+            raise UserError(f"{folder}: expected the processor of a LLaVA model: {first_line(error)}") from error
         tokenizer = self.processor.tokenizer
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -130,7 +116,7 @@ class Llava:
         # Every choice is ours: penalties that a model's own configuration asks for would also count the padding of a batch.
         self.model.generation_config = GenerationConfig(eos_token_id=self.ends or None, pad_token_id=tokenizer.pad_token_id)
         config = self.model.config
-        self.context: int = getattr(config.text_config, "max_position_embeddings", None) or 2**31
+        self.context: int = context_length(config.text_config)
         template = self.processor.chat_template or tokenizer.chat_template
         if not isinstance(template, str):
             raise UserError(f"{folder}: expected a chat template (chat_template.jinja), found none. Train with one.")
@@ -263,7 +249,3 @@ def _features(config: Any) -> int:
     """Image tokens per image: the patches, and the class token where the model keeps it."""
     vision = config.vision_config
     return (vision.image_size // vision.patch_size) ** 2 + (config.vision_feature_select_strategy == "full")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

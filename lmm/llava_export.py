@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoProcessor, LlavaConfig
 
-from lift.common.errors import UserError
+from lift.common.errors import UserError, first_line
 from lift.common.files import atomic_folder, read_json, require_file, require_folder, write_json
 from lmm.llava_format import (
     PROJECTOR,
@@ -73,7 +73,7 @@ def _processor(source: Path) -> Any:
     try:
         return AutoProcessor.from_pretrained(source, local_files_only=True, backend="pil", trust_remote_code=False)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{source}: expected a LLaVA folder with its processor: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{source}: expected a LLaVA folder with its processor: {first_line(error)}") from error
 
 
 def _projector(source: Path) -> Tensors:

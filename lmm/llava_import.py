@@ -38,7 +38,7 @@ from lmm.processor import (
     make_processor,
     set_aspect_ratio,
 )
-from lmm.sentencepiece_model import llama_tokenizer, read_pieces
+from lmm.sentencepiece_model import llama_tokenizer_of
 from lmm.settings import ImportSettings
 from lmm.tensor_files import ShardWriter, Tensors, read_all, read_tensors, weight_files
 
@@ -197,38 +197,16 @@ def _tokenizer(source: Path, rows: int) -> tuple[Any, int, str]:
     Raises:
         UserError: there is none that can be read.
     """
-    tokenizer: Any
-    options = read_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").is_file() else {}
     if not (source / "tokenizer.model").is_file():
         if not (source / "tokenizer.json").is_file():
             raise UserError(f"{source}: expected the tokenizer as tokenizer.model or tokenizer.json, found neither.")
         tokenizer = load_tokenizer(source)
         return (tokenizer, *add_image_token(tokenizer, rows))
-    file = source / "tokenizer.model"
-    added = _added_tokens(source, options, len(read_pieces(file)))
-    tokenizer = llama_tokenizer(file, bool(options.get("legacy", True)), IMAGE_MARKER, rows, added)
-    tokenizer.padding_side = "left"  # batched generation pads on the left
-    for role in ("pad_token", "eos_token", "bos_token"):
-        token = options.get(role)
-        token = token.get("content") if isinstance(token, dict) else token
-        if token in tokenizer.get_vocab():
-            setattr(tokenizer, role, token)
-    tokenizer.model_max_length = int(options.get("model_max_length") or tokenizer.model_max_length)
+    tokenizer = llama_tokenizer_of(source, IMAGE_MARKER)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
     if image_id >= rows:
         raise UserError(f"{source}: the tokenizer has {len(tokenizer)} tokens, the embedding matrix {rows} rows: they differ.")
     return tokenizer, image_id, f"image token {IMAGE_MARKER}: id {image_id}, of the {rows} rows one that no text uses"
-
-
-def _added_tokens(source: Path, options: dict[str, Any], first: int) -> list[str]:
-    """Tokens that were added to those of tokenizer.model, in the order of their ids, which start at `first`."""
-    found = {int(number): entry["content"] for number, entry in options.get("added_tokens_decoder", {}).items()}
-    if (source / "added_tokens.json").is_file():
-        found |= {number: token for token, number in read_json(source / "added_tokens.json").items()}
-    added = {number: token for number, token in sorted(found.items()) if number >= first}
-    if list(added) != list(range(first, first + len(added))):
-        raise UserError(f"{source}: added tokens: expected ids from {first} without a gap, found {list(added)}.")
-    return list(added.values())
 
 
 def _hash(folder: Path) -> str:

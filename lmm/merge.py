@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoProcessor
 
-from lift.common.errors import UserError
+from lift.common.errors import UserError, first_line
 from lift.common.files import atomic_folder, read_json, require_folder, sha256_file, write_json
 from lmm.adapters import BASE
 from lmm.build import DTYPES
@@ -31,9 +31,14 @@ def merge(settings: MergeSettings) -> Path:
     Merging into the quantised weights instead would add an error as large as the update itself.
 
     Raises:
-        UserError: not an adapter folder, a base other than the one trained on, or `out` exists.
+        UserError: a whole model or no adapter folder, a base other than the one trained on, or `out` exists.
     """
     adapter = require_folder(settings.adapter, "an adapter folder of `lmm train`")
+    if not (adapter / BASE).is_file() and (adapter / "config.json").is_file():
+        raise UserError(
+            f"{adapter}: holds a whole model, not adapters: there is nothing to merge. "
+            "Use the folder as it is, or give that of a training with lora."
+        )
     out = settings.out or adapter.with_name(adapter.name + "-merged")
     if out.exists():
         raise UserError(f"{out}: exists already. Remove it or choose another --out.")
@@ -72,9 +77,7 @@ def merged_model(base: Path, adapter: Path) -> torch.nn.Module:
     try:
         model = PeftModel.from_pretrained(llava, str(adapter), torch_device="cpu", local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
-        raise UserError(
-            f"{adapter}: expected adapters of rank {expected.get('r')} for {base}: {str(error).splitlines()[0]}"
-        ) from error
+        raise UserError(f"{adapter}: expected adapters of rank {expected.get('r')} for {base}: {first_line(error)}") from error
     with safe_open(adapter / "adapter_model.safetensors", "pt") as file:
         differing = set(file.keys()) ^ get_peft_model_state_dict(model, save_embedding_layers=False).keys()
     if differing:  # PEFT only warns, and leaves what it does not find at random

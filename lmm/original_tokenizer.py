@@ -11,13 +11,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+from tokenizers import AddedToken, Tokenizer, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from lift.common.errors import UserError
-from lift.common.files import read_json, require_folder
+from lift.common.files import require_folder
 from lmm.conversation import IMAGE_MARKER, ConversationEncoder
-from lmm.sentencepiece_model import SPACE, UNKNOWN, merges_of, read_pieces
+from lmm.sentencepiece_model import SPACE, llama_backend, optional_json, own_chat_template, read_pieces, token_text
 
 IMAGE_PLACEHOLDER = -200
 """Stands for an image in the original's ids where the vocabulary has no token for it."""
@@ -50,29 +50,20 @@ def load_llama_tokenizer(folder: Path) -> tuple[PreTrainedTokenizerFast, bool]:
     # before each run of text between special tokens for legacy: true; only where the caller puts it for legacy: false
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), spaces]) if legacy else spaces
     backend.pre_tokenizer = None
-    names = {key: _text(config.get(key)) or default for key, default in SPECIAL.items()}
+    names = {key: token_text(config.get(key)) or default for key, default in SPECIAL.items()}
     backend.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names.values()])
     if config.get("add_bos_token", True):
         bos = names["bos_token"]
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
         )
-    template = config.get("chat_template")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
-    if (folder / "chat_template.jinja").is_file():
-        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    tokenizer.chat_template = template if isinstance(template, str) else None
+    tokenizer.chat_template = own_chat_template(folder)
     return tokenizer, not legacy
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    value = read_json(path, "a tokenizer's settings") if path.is_file() else {}
-    return value if isinstance(value, dict) else {}
-
-
-def _text(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
+    return optional_json(folder / "tokenizer_config.json")
 
 
 def _backend(folder: Path) -> Tokenizer:
@@ -80,23 +71,12 @@ def _backend(folder: Path) -> Tokenizer:
         return Tokenizer.from_file(str(folder / "tokenizer.json"))
     if not (folder / "tokenizer.model").is_file():
         raise UserError(f"{folder}: expected a tokenizer (tokenizer.json or tokenizer.model), found neither. Check the path.")
-    backend = _from_sentencepiece(folder / "tokenizer.model")
+    backend = llama_backend(read_pieces(folder / "tokenizer.model"))
     added = _config(folder).get("added_tokens_decoder", {})
     for token in sorted(added, key=int):
         values = {key: value for key, value in added[token].items() if key != "__type"}
         add = backend.add_special_tokens if values.get("special") else backend.add_tokens
         add([AddedToken(**values)])
-    return backend
-
-
-def _from_sentencepiece(path: Path) -> Tokenizer:
-    pieces = read_pieces(path)
-    vocabulary = {piece.text: number for number, piece in enumerate(pieces)}
-    unknown = next(piece.text for piece in pieces if piece.kind == UNKNOWN)
-    backend = Tokenizer(models.BPE(vocabulary, merges_of(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
     return backend
 
 

@@ -10,10 +10,10 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import AutoTokenizer, CLIPImageProcessorPil, LlavaImageProcessorPil, LlavaProcessor
 
-from lift.common.errors import UserError
-from lift.common.files import read_json, require_file
+from lift.common.errors import UserError, first_line
+from lift.common.files import require_file
 from lmm.conversation import IMAGE_MARKER, load_template
-from lmm.sentencepiece_model import llama_tokenizer, read_pieces
+from lmm.sentencepiece_model import llama_tokenizer_of
 from lmm.unused_byte import give_unused_byte
 
 
@@ -21,42 +21,19 @@ def load_tokenizer(llm: Path) -> Any:
     """Raises UserError when the folder has no tokenizer, or one without character offsets.
 
     A folder with `tokenizer.model` alone, as Vicuna's, is read here: transformers' own way needs a protobuf that this stack's
-    other packages do not allow.
+    other packages do not allow. `<image>` is then a token already, in place of a byte that no text contains where the embedding
+    matrix has no spare row.
     """
     if (llm / "tokenizer.model").is_file() and not (llm / "tokenizer.json").is_file():
-        return _llama_tokenizer(llm)
+        return llama_tokenizer_of(llm, IMAGE_MARKER)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             llm, padding_side="left", trust_remote_code=False
         )  # batched generation pads on the left
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{llm}: expected a tokenizer that transformers can load: {_first_line(error)}") from error
+        raise UserError(f"{llm}: expected a tokenizer that transformers can load: {first_line(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"{llm}: expected a fast tokenizer (tokenizer.json), found a slow one. Convert it with transformers.")
-    return tokenizer
-
-
-def _llama_tokenizer(llm: Path) -> Any:
-    """With `<image>` in the place of a byte that no text contains, so that the embedding matrix keeps its rows."""
-    options = read_json(llm / "tokenizer_config.json") if (llm / "tokenizer_config.json").is_file() else {}
-    config = read_json(llm / "config.json") if (llm / "config.json").is_file() else {}
-    first = len(read_pieces(llm / "tokenizer.model"))
-    listed = {int(number): entry["content"] for number, entry in options.get("added_tokens_decoder", {}).items()}
-    if (llm / "added_tokens.json").is_file():
-        listed |= {number: token for token, number in read_json(llm / "added_tokens.json").items()}
-    added = [token for number, token in sorted(listed.items()) if number >= first]
-    rows = config.get("vocab_size", first + len(added))
-    legacy = options.get("legacy") is not False
-    tokenizer = llama_tokenizer(llm / "tokenizer.model", legacy, IMAGE_MARKER, rows, added)
-    tokenizer.padding_side = "left"  # batched generation pads on the left
-    if isinstance(options.get("chat_template"), str):
-        tokenizer.chat_template = options["chat_template"]
-    pad = options.get("pad_token")
-    pad = pad.get("content") if isinstance(pad, dict) else pad
-    if isinstance(pad, str) and pad in tokenizer.get_vocab():
-        tokenizer.pad_token = pad
-    if isinstance(options.get("model_max_length"), int):
-        tokenizer.model_max_length = options["model_max_length"]
     return tokenizer
 
 
@@ -141,7 +118,7 @@ def make_processor(tower: Path, tokenizer: Any, template: str, patch_size: int, 
     try:
         image_processor = CLIPImageProcessorPil.from_pretrained(tower)
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{tower}/preprocessor_config.json: cannot be read: {_first_line(error)}") from error
+        raise UserError(f"{tower}/preprocessor_config.json: cannot be read: {first_line(error)}") from error
     crop = image_processor.crop_size
     if (crop["height"], crop["width"]) != (image_size, image_size):
         raise UserError(
@@ -178,7 +155,3 @@ def set_aspect_ratio(processor: Any, image_aspect_ratio: str) -> None:
     values["size"] = {"height": height, "width": width} if resize else {"shortest_edge": min(height, width)}
     values["do_center_crop"] = not resize
     processor.image_processor = LlavaImageProcessorPil(**values, do_pad=image_aspect_ratio == "pad")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

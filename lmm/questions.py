@@ -17,7 +17,7 @@ from lift.common.errors import UserError
 from lift.common.files import read_jsonl, require_folder
 from lift.common.images import ImageFault, decode_image, image_fault
 from lift.common.ledger import DropLedger
-from lmm.conversation import IMAGE_MARKER, SampleFault
+from lmm.conversation import IMAGE_MARKER, SampleFault, check_turns, move_single_markers, part_text
 
 ROLES = ("system", "user", "assistant")
 
@@ -93,10 +93,7 @@ def parse_question(value: dict[str, Any], question_id: Any, folder: Path | None)
         last["content"] = f"{IMAGE_MARKER}\n" * len(names) + last["content"]
     elif markers != len(names):
         raise SampleFault("image count", f"{markers} {IMAGE_MARKER} in the text, {len(names)} images")
-    for message in messages:
-        if message["content"].count(IMAGE_MARKER) == 1:
-            rest = message["content"].replace(IMAGE_MARKER, "").strip()
-            message["content"] = f"{IMAGE_MARKER}\n{rest}".strip()
+    move_single_markers(messages)
     return QuestionRow(question_id, messages, [_inside(name, folder) for name in names])
 
 
@@ -149,26 +146,13 @@ def _content(content: Any) -> tuple[str, list[str]]:
         return content, []
     if not isinstance(content, list):
         raise SampleFault("no text", "expected `content` to be text or a list of parts")
-    text, names = "", []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "text" and isinstance(part.get("text"), str):
-            text += part["text"]
-        elif kind == "image":
-            text += f"{IMAGE_MARKER}\n"
-            names += [part["image"]] if "image" in part else []
-        else:
-            raise SampleFault("malformed row", f"expected parts of type text or image, found {kind!r}")
-    return text, names
+    text = "".join(map(part_text, content))
+    return text, [part["image"] for part in content if part["type"] == "image" and "image" in part]
 
 
 def _check_order(messages: list[dict[str, str]]) -> None:
     turns = messages[1:] if messages[0]["role"] == "system" else messages
-    for number, message in enumerate(turns):
-        if message["role"] != ("user", "assistant")[number % 2]:
-            raise SampleFault("roles do not alternate", f"message {number} is by '{message['role']}'")
-        if message["role"] == "assistant" and IMAGE_MARKER in message["content"]:
-            raise SampleFault("image in an answer", f"message {number}")
+    check_turns(turns)
     if not turns or turns[-1]["role"] != "user":
         raise SampleFault("no question", "expected the last message to be the user's")
     if not turns[-1]["content"].replace(IMAGE_MARKER, "").strip():

@@ -19,7 +19,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from lift.common.errors import UserError
-from lift.common.files import require_file
+from lift.common.files import read_json, require_file
 from lmm.unused_byte import NEVER_IN_UTF8
 
 SPACE = "▁"
@@ -118,6 +118,21 @@ def merges_of(pieces: list[Piece]) -> list[tuple[str, str]]:
     return [(left, right) for _, _, _, left, right in sorted(ranked, key=lambda entry: entry[0])]
 
 
+def llama_backend(pieces: list[Piece], vocabulary: dict[str, int] | None = None) -> Tokenizer:
+    """SentencePiece's merges with byte fallback, and its decoder; what is done to a text before is the caller's.
+
+    Args:
+        vocabulary: ids of the tokens, where they are not those of `pieces` in their order.
+    """
+    vocabulary = vocabulary or {piece.text: number for number, piece in enumerate(pieces)}
+    unknown = next(piece.text for piece in pieces if piece.kind == UNKNOWN)
+    backend = Tokenizer(BPE(vocabulary, merges_of(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return backend
+
+
 def llama_tokenizer(
     file: Path, legacy: bool, image_token: str, rows: int, added: Sequence[str] = ()
 ) -> PreTrainedTokenizerFast:
@@ -136,17 +151,13 @@ def llama_tokenizer(
     if image_token not in vocabulary and image_token not in added and len(pieces) + len(added) >= rows:
         vocabulary[image_token] = vocabulary.pop(f"<0x{NEVER_IN_UTF8[0]:02X}>")
     names = [piece.text for piece in pieces if piece.kind in (UNKNOWN, CONTROL)]
-    unknown = next(piece.text for piece in pieces if piece.kind == UNKNOWN)
-    tokenizer = Tokenizer(BPE(vocabulary, merges_of(pieces), unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    tokenizer = llama_backend(pieces, vocabulary)
     prefix: Any = normalizers.Prepend(SPACE)
     if not legacy:
         # These tokens are then looked for after this step, in the text as a whole, so that no space is added after them.
         names_at_start = "|".join(map(re.escape, [*names, *added]))
         prefix = normalizers.Replace(Regex(rf"\A(?!{names_at_start})"), SPACE)
     tokenizer.normalizer = normalizers.Sequence([prefix, normalizers.Replace(" ", SPACE)])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
     tokenizer.add_special_tokens([AddedToken(name, normalized=not legacy, special=True) for name in [*names, *added]])
     tokenizer.add_special_tokens([AddedToken(image_token, normalized=False, special=True)])
     begin, end = names[1:3]
@@ -154,5 +165,52 @@ def llama_tokenizer(
         single=[begin, "$A"], pair=[begin, "$A", begin, "$B"], special_tokens=[(begin, vocabulary[begin])]
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=begin, eos_token=end, unk_token=unknown, extra_special_tokens=[image_token]
+        tokenizer_object=tokenizer, bos_token=begin, eos_token=end, unk_token=names[0], extra_special_tokens=[image_token]
     )
+
+
+def llama_tokenizer_of(folder: Path, image_token: str) -> Any:
+    """`llama_tokenizer` of a folder with tokenizer.model and what its JSON files say of added tokens, roles and the template.
+
+    Raises:
+        UserError: the ids of the added tokens have a gap.
+    """
+    file, options = folder / "tokenizer.model", optional_json(folder / "tokenizer_config.json")
+    first = len(read_pieces(file))
+    listed = {int(number): entry["content"] for number, entry in options.get("added_tokens_decoder", {}).items()}
+    listed |= {number: token for token, number in optional_json(folder / "added_tokens.json").items()}
+    added = {number: token for number, token in sorted(listed.items()) if number >= first}
+    if list(added) != list(range(first, first + len(added))):
+        raise UserError(f"{folder}: added tokens: expected ids from {first} without a gap, found {list(added)}.")
+    rows = optional_json(folder / "config.json").get("vocab_size", first + len(added))
+    tokenizer: Any = llama_tokenizer(file, options.get("legacy") is not False, image_token, rows, list(added.values()))
+    tokenizer.padding_side = "left"  # batched generation pads on the left
+    for role in ("pad_token", "eos_token", "bos_token"):
+        token = token_text(options.get(role))
+        if token in tokenizer.get_vocab():
+            setattr(tokenizer, role, token)
+    tokenizer.chat_template = own_chat_template(folder)
+    tokenizer.model_max_length = int(options.get("model_max_length") or tokenizer.model_max_length)
+    return tokenizer
+
+
+def optional_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file, empty where there is no file."""
+    value = read_json(file) if file.is_file() else {}
+    if not isinstance(value, dict):
+        raise UserError(f"{file}: expected a JSON object, found a {type(value).__name__}.")
+    return value
+
+
+def token_text(token: Any) -> str | None:
+    """Of a token as tokenizer_config.json names it: plain, or an object with its `content`."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def own_chat_template(folder: Path) -> str | None:
+    """chat_template.jinja, else the one in tokenizer_config.json."""
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    template = optional_json(folder / "tokenizer_config.json").get("chat_template")
+    return template if isinstance(template, str) else None

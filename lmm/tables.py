@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lift.common.errors import UserError
+from lift.common.errors import UserError, first_line
 
 SAVED_TO_DISK = ("state.json", "dataset_dict.json")
 READERS = {".parquet": "parquet", ".arrow": "arrow"}
@@ -95,8 +95,9 @@ def _table(path: Path, split: str) -> Any:
         else:
             loaded = _load_files(path, split)
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: datasets cannot load the split {split}: {first}. Check the folder and `split`.") from error
+        raise UserError(
+            f"{path}: datasets cannot load the split {split}: {first_line(error)}. Check the folder and `split`."
+        ) from error
     return loaded.with_format("arrow")
 
 

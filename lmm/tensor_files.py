@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lift.common.errors import UserError
+from lift.common.errors import UserError, first_line
 from lift.common.files import read_json, require_file, write_json
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
@@ -57,7 +57,7 @@ def read_tensors(file: Path) -> Tensors:
             "Get the checkpoint as safetensors from a source you trust."
         ) from error
     except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise UserError(f"{file}: cannot be read, perhaps cut off: {str(error).splitlines()[0]}. Copy it again.") from error
+        raise UserError(f"{file}: cannot be read, perhaps cut off: {first_line(error)}. Copy it again.") from error
     if not isinstance(tensors, dict) or not all(
         isinstance(key, str) and isinstance(value, torch.Tensor) for key, value in tensors.items()
     ):

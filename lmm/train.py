@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from lift.common.environment import describe_environment
-from lift.common.errors import UserError
+from lift.common.errors import UserError, first_line
 from lift.common.files import atomic_folder, read_json, read_jsonl, require_folder, sha256_text, write_json
 from lift.common.ledger import DropLedger
 from lift.common.settings import save_settings, to_plain
@@ -29,10 +28,10 @@ from lmm.build import DTYPES
 from lmm.checkpoints import newest_complete, remove_incomplete
 from lmm.combinations import check_combinations
 from lmm.conversation import ConversationEncoder, load_template
-from lmm.data import ConversationDataset, Rows, check_samples, describe_sources, read_sources
+from lmm.data import ConversationDataset, Rows, check_samples, describe_sources, read_sources, require_positions
 from lmm.distributed import deepspeed_config, release, start_process_group
 from lmm.feature_cache import cached_dataset, take_features
-from lmm.folders import check_fits, check_loads, content_hash, tower_hash
+from lmm.folders import check_fits, check_loads, content_hash, context_length, load_weights, tower_hash
 from lmm.packing import make_collator
 from lmm.processor import set_aspect_ratio
 from lmm.settings import StageSettings, TrainSettings
@@ -117,6 +116,7 @@ class _Stage:
             rows, self.encoder, self.ledger, settings.workers, rank, world_size, settings.unsupervised == "drop"
         )
         self._report(rows)
+        require_positions(self.rows, context_length(llava.text_config), "max_length")
         dataset = ConversationDataset(self.rows, self.encoder, self.processor.image_processor)
         # Made now, because under ZeRO-3 a model that is made later has its weights partitioned.
         if settings.cache_features:
@@ -171,7 +171,7 @@ def load_processor(model: Path) -> tuple[Any, LlavaConfig]:
         processor = AutoProcessor.from_pretrained(model, backend="pil", trust_remote_code=False)
         llava = LlavaConfig.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{model}: expected a LLaVA folder, as `lmm build` writes it: {str(error).splitlines()[0]}") from error
+        raise UserError(f"{model}: expected a LLaVA folder, as `lmm build` writes it: {first_line(error)}") from error
     if llava.model_type != "llava" or llava.vision_feature_select_strategy != "default":
         raise UserError(f"{model}: expected a LLaVA model with vision_feature_select_strategy 'default'.")
     if processor.tokenizer.pad_token_id is None:
@@ -186,24 +186,14 @@ def load_llava(model: Path, precision: str, quantise: str = "none") -> LlavaForC
     """The model with every weight from `model`; its language model held in few bits if `quantise` says so.
 
     Raises:
-        UserError: a weight is missing, left over or misshapen.
+        UserError: as `load_weights`.
     """
     keywords: dict[str, Any] = {}
     if quantise != "none":
         keywords["quantization_config"] = quantisation(quantise, DTYPES[precision])
         if not is_deepspeed_zero3_enabled():  # which finds the place by itself
             keywords["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
-    try:
-        loaded: Any = LlavaForConditionalGeneration.from_pretrained(
-            model, local_files_only=True, use_safetensors=True, dtype=DTYPES[precision], output_loading_info=True, **keywords
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"{model}: the model cannot be loaded: {str(error).splitlines()[0]}") from error
-    llava, info = loaded
-    if info["missing_keys"] or info["unexpected_keys"]:
-        keys = sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"]]))
-        raise UserError(f"{model}: expected the weights of a LLaVA model; missing or unknown are {', '.join(keys[:3])}.")
-    return llava
+    return load_weights(model, use_safetensors=True, dtype=DTYPES[precision], **keywords)
 
 
 def make_encoder(processor: Any, llava: LlavaConfig, settings: StageSettings, model: Path) -> ConversationEncoder:

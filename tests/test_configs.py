@@ -55,6 +55,14 @@ def test_recipe_loads(recipe: str) -> None:
     assert str(load(recipe).out).startswith("runs/")
 
 
+@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if Path(recipe).name.startswith("llava")])
+def test_llava_recipes_do_not_compile(recipe: str) -> None:
+    """No gain was measured; docs/lmm_train.md says so."""
+    settings = load(recipe)
+    stages = [settings.stage1, settings.stage2] if isinstance(settings, FinetuneSettings) else [settings]
+    assert not any(stage.compile for stage in stages if stage is not None)
+
+
 @pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if "benchmarks" in recipe])
 def test_benchmarks_name_tasks_and_their_paths(recipe: str) -> None:
     settings = load(recipe)

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from lift.common.errors import UserError
-from lift.official import EVALUATION_CROP, NOT_WEIGHTS, official_evaluation_pixels
+from lift.official import NOT_WEIGHTS, official_evaluation_pixels, require_official_size
 
 LOADING_ERRORS = (*NOT_WEIGHTS, OSError, AssertionError, ImportError)
 """What transformers, open_clip and timm raise for models that do not load or run."""
@@ -47,11 +47,7 @@ class DualEncoder(ABC):
         """
         if protocol == "standard":
             return self._own_pixels(image.convert("RGB"))
-        if self.image_size != EVALUATION_CROP:
-            raise UserError(
-                f"{self.name}: the official evaluation protocol crops {EVALUATION_CROP} pixels, but this encoder sees "
-                f"{self.image_size or 'other shapes'}. Use --protocol standard."
-            )
+        require_official_size(self.name, self.image_size)
         return official_evaluation_pixels(image)
 
     @torch.inference_mode()

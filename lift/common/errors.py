@@ -9,6 +9,12 @@ class UserError(Exception):
     """
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, as part of a message: its first line without the full stop, or its type when it is empty."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(" .") if lines else type(error).__name__
+
+
 class Preempted(Exception):
     """The process was asked to end (SIGTERM) and has saved its work; the same command goes on. The exit status is 75."""
 

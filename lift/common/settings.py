@@ -4,7 +4,8 @@ YAML strings may hold `${NAME}` or `${NAME:-default}` for environment variables,
 paths. Unknown keys are errors that name the nearest valid key. On the command line dashes may stand for underscores, a
 dataclass may declare short names of nested keys (`aliases: ClassVar[dict[str, str]]`; one that is `config` takes the place
 of `--config FILE`), and a field whose type has a
-classmethod `from_string` takes a plain string; `from_string` returns the keys that the string stands for.
+classmethod `from_string` takes a plain string; `from_string` returns the keys that the string stands for. A dataclass whose
+required fields are given by position may name optional ones that can follow them (`by_position: ClassVar[tuple[str, ...]]`).
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ def parse_settings(
     parser.add_class_arguments(settings_class, as_group=False, as_positional=positional, sub_configs=False)
     files, rest = ([], arguments) if own_config else _split_config_files(arguments)
     rest = _write_out(settings_class, rest)
+    if positional:
+        rest = _place_optional(settings_class, rest)
     merged: dict[str, Any] = {}
     for file in files:
         merged = _merge(merged, load_yaml(Path(file), settings_class))
@@ -179,6 +182,24 @@ def _write_out(settings_class: type, arguments: list[str]) -> list[str]:
         else:
             written.append(f"--{name}={value}")
     return written
+
+
+def _place_optional(settings_class: type, arguments: list[str]) -> list[str]:
+    """The arguments, words after the required ones written as the options of `by_position`: the parser places only those.
+
+    Raises:
+        UserError: an option is given by position and by name.
+    """
+    without_default = (dataclasses.MISSING, dataclasses.MISSING)
+    fields = dataclasses.fields(settings_class)
+    required = sum((field.default, field.default_factory) == without_default for field in fields)
+    words = [index for index, argument in enumerate(arguments) if not argument.startswith("-")]
+    placed = list(arguments)
+    for index, name in zip(words[required:], getattr(settings_class, "by_position", ()), strict=False):
+        if any(argument.startswith(f"--{name}=") for argument in arguments):
+            raise UserError(f"--{name}: given also by position, as '{arguments[index]}'. Give it once.")
+        placed[index] = f"--{name}={arguments[index]}"
+    return placed
 
 
 def _keys_of(nested: type, option: str, value: str) -> str:

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lift.common.errors import UserError
+from lift.common.errors import UserError, first_line
 from lift.settings import SourceSettings
 from lift.sources.index import IndexWriter, Origin
 from lift.sources.samples import TableImage
@@ -83,6 +83,7 @@ def _table(path: str, split: str) -> Any:
         else:
             loaded = datasets.load_dataset(path, split=split)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{path}: datasets cannot load the split {split}: {first}. Check data.path and data.split.") from error
+        raise UserError(
+            f"{path}: datasets cannot load the split {split}: {first_line(error)}. Check data.path and data.split."
+        ) from error
     return loaded

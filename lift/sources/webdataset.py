@@ -7,12 +7,12 @@ paths.
 from __future__ import annotations
 
 import json
-import tarfile
 from pathlib import PurePosixPath
 from typing import Any
 
 from lift.common.errors import UserError
 from lift.common.ledger import DropLedger
+from lift.common.tars import tar_files
 from lift.settings import SourceSettings
 from lift.sources import storage
 from lift.sources.index import IndexWriter, Origin
@@ -45,31 +45,20 @@ def read_members(tar: str, ledger: DropLedger, texts: frozenset[str] = TEXT_SUFF
     Members whose name leads out of the tar go to `ledger`. Raises UserError for what is not a whole, uncompressed tar.
     """
     members: dict[str, dict[str, Any]] = {}
-    end = 0
-    try:
-        with storage.open_file(tar) as file, tarfile.open(fileobj=file, mode="r:") as archive:
-            for member in archive:
-                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                if not member.isfile():
-                    continue
-                name = PurePosixPath(member.name)
-                if name.is_absolute() or ".." in name.parts:
-                    ledger.drop(f"{PurePosixPath(tar).name}:{member.name}", "unsafe member name")
-                    continue
-                stem, _, suffix = name.name.partition(".")
-                parts = members.setdefault(str(name.parent / stem), {})
-                if suffix.lower() in parts:
-                    raise tarfile.ReadError(f"member {member.name} occurs twice")
-                parts[suffix.lower()] = (member.offset_data, member.size)
-                if suffix.lower() in texts:
-                    file.seek(member.offset_data)
-                    parts[suffix.lower()] = file.read(member.size)
-            # tarfile takes a file that was cut off for one that ends there; only the mark of the end tells them apart
-            file.seek(end)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"the mark of its end is missing at byte {end}")
-    except (tarfile.TarError, EOFError) as error:
-        raise UserError(f"{tar}: not a whole, uncompressed tar: {error}. Fetch the file again or remove it.") from error
+    with storage.open_file(tar) as file:
+        for member in tar_files(file, tar):
+            name = PurePosixPath(member.name)
+            if name.is_absolute() or ".." in name.parts:
+                ledger.drop(f"{PurePosixPath(tar).name}:{member.name}", "unsafe member name")
+                continue
+            stem, _, suffix = name.name.partition(".")
+            parts = members.setdefault(str(name.parent / stem), {})
+            if suffix.lower() in parts:
+                raise UserError(f"{tar}: member {member.name} occurs twice. Fetch the file again or remove it.")
+            parts[suffix.lower()] = (member.offset_data, member.size)
+            if suffix.lower() in texts:
+                file.seek(member.offset_data)
+                parts[suffix.lower()] = file.read(member.size)
     return members
 
 

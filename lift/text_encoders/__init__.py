@@ -15,7 +15,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from lift.common.errors import UserError
+from lift.common.errors import UserError, first_line
 from lift.common.files import read_json, sha256_file, sha256_text
 from lift.minilm import minilm_folder
 from lift.settings import TextEncoderSettings
@@ -54,7 +54,7 @@ def load_text_encoder(settings: TextEncoderSettings) -> TextEncoder:
     try:
         return ENCODERS[kind](folder, settings, device)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"text_encoder.path {settings.path}: cannot load a {kind} model: {_first_line(error)}") from error
+        raise UserError(f"text_encoder.path {settings.path}: cannot load a {kind} model: {first_line(error)}") from error
 
 
 def describe_text_encoder(settings: TextEncoderSettings) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _model_folder(path: str) -> Path:
     try:
         return Path(snapshot_download(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"text_encoder.path {path}: no such folder, and no model of that name: {_first_line(error)}") from error
+        raise UserError(f"text_encoder.path {path}: no such folder, and no model of that name: {first_line(error)}") from error
 
 
 def _is_downloaded(name: str) -> bool:
@@ -154,7 +154,3 @@ def _is_downloaded(name: str) -> bool:
     except (OSError, ValueError):
         return False
     return True
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -88,6 +88,11 @@ def test_adapter_folder_holds_the_projector_whole_and_names_its_base(model: Path
         train_stage(adapter, adapter.with_name("next"), StageSettings())
 
 
+def test_merging_a_whole_model_says_that_there_is_nothing_to_merge(model: Path) -> None:
+    with pytest.raises(UserError, match="holds a whole model, not adapters: there is nothing to merge"):
+        merge(MergeSettings(adapter=model))
+
+
 def test_trained_tower_is_saved_whole_under_zero_3(model: Path, data: Path, tmp_path: Path) -> None:
     lora = LoraSettings(rank=2, alpha=4.0, targets=["q_proj"])
     stage = chat(data, lora=lora, trainable="all", tower_learning_rate=1e-3, zero_stage=3, max_steps=2, save_steps=1)
@@ -136,7 +141,7 @@ def test_merge_refuses_what_does_not_belong_together(
     with pytest.raises(UserError, match="is not the model that"):
         merge(MergeSettings(adapter=adapter, out=tmp_path / "out", base=other))
     with pytest.raises(UserError, match="record of the base model"):
-        merge(MergeSettings(adapter=model, out=tmp_path / "out"))
+        merge(MergeSettings(adapter=tmp_path, out=tmp_path / "out"))
     with pytest.raises(UserError, match="exists already"):
         merge(MergeSettings(adapter=adapter, out=model))
     cut = shutil.copytree(adapter, tmp_path / "cut")

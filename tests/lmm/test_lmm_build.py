@@ -17,7 +17,9 @@ from lift.common.errors import UserError
 from lmm.build import build
 from lmm.conversation import parse_row
 from lmm.folders import tower_hash
+from lmm.processor import load_tokenizer
 from lmm.recipes import encoder_of_folder
+from lmm.sentencepiece_model import read_pieces
 from lmm.settings import BuildSettings
 from lmm.unused_byte import NEVER_IN_UTF8
 
@@ -186,6 +188,24 @@ def test_llm_with_a_sentencepiece_model_alone_gives_the_ids_of_the_original_llav
         tokens = encoder.encode(parse_row(samples[name], tmp_path).messages)
         ids = [-200 if token == model.config.image_token_id else token for token in tokens.input_ids]
         assert ids == reference[name]["input_ids"], name
+
+
+def test_what_lies_beside_a_sentencepiece_model(shared: Path, tmp_path: Path) -> None:
+    shutil.copy(shared / "fixtures" / "llava_masks" / "tok_slow_legacy_true" / "tokenizer.model", tmp_path)
+    size = len(read_pieces(tmp_path / "tokenizer.model"))
+    options = {"eos_token": {"content": "<end>"}, "pad_token": "<unk>", "bos_token": "<not there>", "chat_template": "old"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(options | {"model_max_length": 99}))
+    (tmp_path / "chat_template.jinja").write_text("new")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<end>": size + 1, "<start>": size}))
+    tokenizer = load_tokenizer(tmp_path)
+    roles = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+    assert roles == ("<s>", "<end>", "<unk>", "<unk>")
+    assert tokenizer.convert_tokens_to_ids(["<start>", "<end>"]) == [size, size + 1]
+    assert tokenizer.convert_tokens_to_ids("<image>") < size  # config.json names no spare row
+    assert (tokenizer.chat_template, tokenizer.model_max_length, tokenizer.padding_side) == ("new", 99, "left")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<end>": size + 1}))
+    with pytest.raises(UserError, match=f"expected ids from {size} without a gap"):
+        load_tokenizer(tmp_path)
 
 
 def test_code_in_a_model_folder_never_runs(tower: Path, llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from scripted_llava import make_scripted_llava
 from tiny_lmm import COLOURS
 from transformers import AutoProcessor, LlavaForConditionalGeneration
@@ -196,7 +197,7 @@ def test_what_cannot_be_answered_stops_the_run_or_is_left_out(model: Path, image
         ([{"question_id": 1, "messages": [{"role": "assistant", "content": "a"}]}], "roles do not alternate"),
         ([{"question_id": 1, "messages": [{"role": "user", "content": "a"}] * 2}], "roles do not alternate"),
         ([{"question_id": 1, "messages": [{"role": "tool", "content": "a"}]}], "unknown role"),
-        ([{"question_id": 1, "messages": [{"role": "user", "content": [{"type": "video"}]}]}], "parts of type text or image"),
+        ([{"question_id": 1, "messages": [{"role": "user", "content": [{"type": "video"}]}]}], "unknown content part"),
     ],
 )
 def test_bad_questions(rows: list[Any], message: str, model: Path, images: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -220,6 +221,12 @@ def test_bad_folders(
     for file in model.iterdir():
         (cut / file.name).write_bytes(file.read_bytes()[:3000] if file.suffix == ".safetensors" else file.read_bytes())
     with pytest.raises(UserError, match="cut: the model cannot be loaded"):
+        generate(_settings(cut, tmp_path, ROWS, images))
+    weights = load_file(model / "model.safetensors")
+    key = next(key for key in weights if "q_proj" in key)
+    weights["unknown"] = weights.pop(key)
+    save_file(weights, cut / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"cut: expected the weights .* missing or unknown are [^,]*q_proj[^,]*\.$"):
         generate(_settings(cut, tmp_path, ROWS, images))
     monkeypatch.setattr(sys, "argv", ["lmm", "generate", str(model)])
     assert main() == 2

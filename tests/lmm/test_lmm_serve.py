@@ -21,10 +21,12 @@ from scripted_llava import make_scripted_llava
 pytest.importorskip("gradio", reason='lmm serve needs gradio: pip install "lift-toolkit[serve]"')
 
 from lift.common.errors import UserError
-from lmm.__main__ import _second_folder
+from lift.common.settings import parse_settings
+from lmm.__main__ import COMMANDS
 from lmm.dialogue import Dialogue
 from lmm.inference import Decoding, Llava
 from lmm.serve import Page, launch
+from lmm.settings import ServeSettings
 
 ATTACK = "<script>window.owned=1</script><img src=x onerror=window.owned=1>**bold** [a](javascript:window.owned=1)"
 LIFT_SAYS, CLIP_SAYS = "The picture is red.", ATTACK
@@ -156,10 +158,32 @@ def test_a_question_waits_for_the_last_answer_and_faults_change_nothing(page: Si
             page.page.ask({"text": text, "files": []}, Dialogue(), Dialogue(), [], [])
 
 
-def test_the_second_folder_by_position() -> None:
-    assert _second_folder(["serve", "a", "b", "--port", "1"]) == ["serve", "a", "--against", "b", "--port", "1"]
-    for words in (["serve", "a"], ["serve", "a", "--port", "1"], ["chat", "a", "b"]):
-        assert _second_folder(words) == words
+@pytest.mark.parametrize(
+    "words",
+    [
+        "a b --port 1",
+        "a --port 1 b",
+        "--port 1 a b",
+        "--port=1 a --device cpu b",
+        "a --against b --port 1",
+        "--against=b --port 1 a",
+    ],
+)
+def test_the_second_folder_by_position_wherever_options_stand(words: str) -> None:
+    settings = _serve_settings(words)
+    assert (settings.model, settings.against, settings.port) == (Path("a"), Path("b"), 1)
+
+
+def test_one_folder_and_too_many() -> None:
+    assert _serve_settings("--port 1 a").against is None
+    with pytest.raises(UserError, match="--against: given also by position, as 'b'"):
+        _serve_settings("a b --against c")
+    with pytest.raises(UserError, match="c"):
+        _serve_settings("a b c")
+
+
+def _serve_settings(words: str) -> ServeSettings:
+    return parse_settings(ServeSettings, words.split(), "lmm serve", "", COMMANDS["serve"].positional)
 
 
 def test_port_that_is_taken(page: SimpleNamespace) -> None:

@@ -16,11 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_lmm import make_llm, make_tokenizer
-from transformers import AutoProcessor
+from transformers import AutoProcessor, GPT2Config, LlamaConfig
 
 from lift.common.errors import UserError
 from lmm.build import build
 from lmm.finetune import finetune
+from lmm.folders import context_length
 from lmm.settings import BuildSettings, ConversationSource, FinetuneSettings, InstructionTuningSettings, StageSettings
 from lmm.train import train_stage
 
@@ -100,6 +101,33 @@ def test_finetune_trains_both_stages_and_reuses_what_is_finished(tower: Path, ll
     assert written() == before
     finetune(dataclasses.replace(settings, stage2=chat_stage(data, learning_rate=1e-3)))
     assert written()[:2] == before[:2] and written()[2] != before[2]
+
+
+def test_samples_beyond_the_positions_show_before_stage_1(
+    tower: Path, llm: Path, model: Path, data: Path, tmp_path: Path
+) -> None:
+    """The tiny language model has 512 positions; one of the conversations is longer."""
+    rows = json.loads((data / "chat.json").read_text())
+    rows[7]["conversations"][1]["value"] = "." * 600
+    (tmp_path / "long.json").write_text(json.dumps(rows))
+    source = ConversationSource(annotations=tmp_path / "long.json", images=data / "images")
+    long = dataclasses.replace(chat_stage(data), data=[source])
+    settings = FinetuneSettings(vision_tower=tower, llm=llm, out=tmp_path / "out", stage1=caption_stage(data), stage2=long)
+    with pytest.raises(UserError, match=r"long.json.*\b512 positions.*stage2\.max_length to 512"):
+        finetune(settings)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["build"]
+    with pytest.raises(UserError, match=r"512 positions. Set max_length"):
+        train_stage(model, tmp_path / "one", long)
+    dropping = dataclasses.replace(long, max_length=512, max_drop_fraction=0.1, max_steps=1)
+    record = json.loads((train_stage(model, tmp_path / "one", dropping) / "train.json").read_text())
+    assert record["dropped"] == {"longer than max_length": 1}
+
+
+def test_positions_of_a_stretched_rotary_embedding() -> None:
+    assert context_length(LlamaConfig(max_position_embeddings=512)) == 512
+    stretched = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    assert context_length(LlamaConfig(max_position_embeddings=512, rope_parameters=stretched)) == 2048
+    assert context_length(GPT2Config(n_positions=32)) == 32
 
 
 def test_zero_3_gives_the_losses_of_zero_2(model: Path, stage2: Path, data: Path, tmp_path: Path) -> None:
