@@ -77,7 +77,11 @@ def load_whole(folder: Path, dtype: str) -> Any:
     """
     try:
         loaded: Any = LlavaForConditionalGeneration.from_pretrained(
-            folder, local_files_only=True, dtype=dtype, output_loading_info=True
+            folder,
+            local_files_only=True,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named below
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -221,6 +223,12 @@ def test_bad_folders(
         (cut / file.name).write_bytes(file.read_bytes()[:3000] if file.suffix == ".safetensors" else file.read_bytes())
     with pytest.raises(UserError, match="cut: the model cannot be loaded"):
         generate(_settings(cut, tmp_path, ROWS, images))
+    other = shutil.copytree(model, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["vision_config"]["hidden_size"] = 24
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"other: weights missing or of another shape.*multi_modal_projector.linear_1.weight"):
+        generate(_settings(other, tmp_path, ROWS, images))
     monkeypatch.setattr(sys, "argv", ["lmm", "generate", str(model)])
     assert main() == 2
     assert "--questions FILE.jsonl is required" in capsys.readouterr().err
