@@ -92,7 +92,11 @@ def load_weights(folder: Path, left_over: bool = False, **keywords: Any) -> Any:
 
     try:
         loaded: Any = LlavaForConditionalGeneration.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, **keywords
+            folder,
+            local_files_only=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # named below
+            **keywords,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{folder}: the model cannot be loaded: {first_line(error)}") from error
@@ -100,7 +104,9 @@ def load_weights(folder: Path, left_over: bool = False, **keywords: Any) -> Any:
     wrong = [*info["missing_keys"], *info["mismatched_keys"], *([] if left_over else info["unexpected_keys"])]
     if wrong:
         keys = ", ".join(sorted(map(str, wrong))[:3])
-        raise UserError(f"{folder}: expected the weights of a LLaVA model, none random; missing or unknown are {keys}.")
+        raise UserError(
+            f"{folder}: expected the weights of a LLaVA model, none random; missing, unknown or misshapen are {keys}."
+        )
     return model
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoProcessor, LlavaConfig
+from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGeneration
 
 from lift.common.errors import UserError, first_line
 from lift.common.files import atomic_folder, read_json, require_file, require_folder, write_json
@@ -59,7 +59,7 @@ def export_llava(settings: ExportSettings) -> Path:
             _write_projector(folder, source, projector_kind(config, source))
             original["tune_mm_mlp_adapter"] = True
         else:
-            original["torch_dtype"], tower_dtype = _write_weights(folder, source, original["mm_projector_type"])
+            original["torch_dtype"], tower_dtype = _write_weights(folder, source, config, original["mm_projector_type"])
             _write_tokenizer(folder, source, processor.tokenizer, max_length)
             _write_tower_description(folder / TOWER_FOLDER, config, processor.image_processor, tower_dtype)
             ids = {name: original[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -95,11 +95,12 @@ def _write_projector(folder: Path, source: Path, kind: str) -> None:
     torch.save({key: value.clone() for key, value in projector.items()}, folder / PROJECTOR_FILE)
 
 
-def _write_weights(folder: Path, source: Path, kind: str) -> tuple[str, str]:
+def _write_weights(folder: Path, source: Path, config: LlavaConfig, kind: str) -> tuple[str, str]:
     """The checkpoint's shards and the vision tower's own folder. Returns the dtypes of language model and vision tower."""
     projector = _projector(source)
     writer = ShardWriter(folder)
     tower: Tensors = {}
+    names: set[str] = set()
     for tensors in read_all(source):
         renamed: Tensors = {}
         for key, value in tensors.items():
@@ -113,14 +114,27 @@ def _write_weights(folder: Path, source: Path, kind: str) -> tuple[str, str]:
                 tower["vision_model." + name.removeprefix(TOWER)] = value.contiguous()
             renamed[target] = value
         writer.add(renamed)
+        names.update(map(on_disk, tensors))
     if not tower or "model.embed_tokens.weight" not in writer.dtypes:
         raise UserError(f"{source}: expected the weights of a vision tower and of a language model, found not both.")
+    if missing := sorted(_expected(config) - names):  # the original would run on random weights in their place
+        raise UserError(
+            f"{source}: expected the weights of a whole LLaVA model; {len(missing)} are missing, such as {missing[0]}. "
+            "Write the model folder again."
+        )
     writer.add(projector_to_original(projector, kind))
     writer.close()
     (folder / TOWER_FOLDER).mkdir()
     save_file(tower, folder / TOWER_FOLDER / SAFETENSORS, metadata={"format": "pt"})
     dtypes = (writer.dtypes["model.embed_tokens.weight"], next(iter(tower.values())).dtype)
     return str(dtypes[0]).removeprefix("torch."), str(dtypes[1]).removeprefix("torch.")
+
+
+def _expected(config: LlavaConfig) -> set[str]:
+    """Names on disk of the weights of the model that `config` describes."""
+    with torch.device("meta"):
+        names = {on_disk(key) for key in LlavaForConditionalGeneration(config).state_dict()}
+    return names - {"language_model.lm_head.weight"} if config.tie_word_embeddings else names
 
 
 def _write_tower_description(folder: Path, config: LlavaConfig, image_processor: Any, dtype: str) -> None:

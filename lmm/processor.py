@@ -107,7 +107,10 @@ def ensure_pad_token(tokenizer: Any) -> str:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
         if tokenizer.pad_token is None:
-            raise UserError(f"{tokenizer.name_or_path}: expected a pad, unk or eos token, found none. Name one there.")
+            raise UserError(
+                f"{tokenizer.name_or_path}: expected a pad, unk or eos token, found none. "
+                "Name a pad_token in its tokenizer_config.json."
+            )
         return f"padding token: none in the tokenizer, {tokenizer.pad_token} takes its place"
     return f"padding token: {tokenizer.pad_token}"
 

@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from lift.common.environment import describe_environment
 from lift.common.errors import UserError, first_line
-from lift.common.files import atomic_folder, read_json, read_jsonl, require_folder, sha256_text, write_json
+from lift.common.files import atomic_folder, read_json, read_jsonl, require_file, require_folder, sha256_text, write_json
 from lift.common.ledger import DropLedger
 from lift.common.settings import save_settings, to_plain
 from lmm.adapters import BASE, add_adapters, quantisation, write_adapters
@@ -167,6 +167,7 @@ def load_processor(model: Path) -> tuple[Any, LlavaConfig]:
     """Raises UserError when `model` is not a LLaVA folder with the class token dropped, as all of LLaVA-1.5's are."""
     if (model / BASE).is_file():
         raise UserError(f"{model}: holds adapters, not a whole model. Merge them first: lmm merge {model}")
+    require_file(model / "config.json", "a LLaVA model's configuration")  # transformers would go on with its defaults
     try:
         processor = AutoProcessor.from_pretrained(model, backend="pil", trust_remote_code=False)
         llava = LlavaConfig.from_pretrained(model, local_files_only=True)
@@ -277,10 +278,12 @@ def write_model(
     """
     if model.config.tie_word_embeddings:
         state = {key: value for key, value in state.items() if key != "lm_head.weight"}
-    shell = shell or make_shell(model.config)
-    shell.config.use_cache = True  # Trainer switches it off in the model's
-    shell.generation_config = model.generation_config
-    shell.save_pretrained(folder, state_dict=state)
+    formats = {value.dtype for value in state.values() if value.is_floating_point()}
+    target: Any = shell or make_shell(model.config)
+    target.to(dtype=formats.pop() if len(formats) == 1 else torch.float32)  # config.json names it, and readers load in it
+    target.config.use_cache = True  # Trainer switches it off in the model's
+    target.generation_config = model.generation_config
+    target.save_pretrained(folder, state_dict=state)
 
 
 def _finish(stage: _Stage, out: Path, record: dict[str, Any]) -> None:

@@ -143,6 +143,8 @@ def test_llava_recipes_have_the_published_hyperparameters() -> None:
     for settings in (first, second, lora, qlora):
         common = (settings.epochs, settings.warmup_ratio, settings.weight_decay, settings.max_length, settings.precision)
         assert common == (1, 0.03, 0.0, 2048, "bf16")
+    assert [settings.batching for settings in (first, second, lora, qlora)] == ["random", "grouped", "grouped", "grouped"]
+    assert [settings.image_aspect_ratio for settings in (first, second, lora, qlora)] == ["crop", "pad", "pad", "pad"]
     assert second.model == lora.model == qlora.model == first.out
     assert (lora.lora.rank, lora.lora.alpha, lora.projector_learning_rate, lora.lora) == (128, 256, 2e-5, qlora.lora)
     assert (lora.quantise, qlora.quantise) == ("none", "nf4")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -226,8 +228,17 @@ def test_bad_folders(
     key = next(key for key in weights if "q_proj" in key)
     weights["unknown"] = weights.pop(key)
     save_file(weights, cut / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"cut: expected the weights .* missing or unknown are [^,]*q_proj[^,]*\.$"):
+    with pytest.raises(UserError, match=r"cut: expected the weights .* misshapen are [^,]*q_proj[^,]*$"):
         generate(_settings(cut, tmp_path, ROWS, images))
+    other = shutil.copytree(model, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text())
+    config["vision_config"]["hidden_size"] = 24
+    (other / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        UserError,
+        match=r"other: expected .* misshapen are [^,]*multi_modal_projector.linear_1",
+    ):
+        generate(_settings(other, tmp_path, ROWS, images))
     monkeypatch.setattr(sys, "argv", ["lmm", "generate", str(model)])
     assert main() == 2
     assert "--questions FILE.jsonl is required" in capsys.readouterr().err

@@ -207,11 +207,15 @@ def test_unfit_models_are_refused(model: Path, eight: Path, data: Path, tmp_path
     (other / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"linear_1.weight is 32 x 16, but .* vision tower of hidden size 24"):
         train_stage(other, tmp_path / "out", one_step(eight, data))
+    bare = shutil.copytree(model, tmp_path / "bare")
+    (bare / "config.json").unlink()
+    with pytest.raises(UserError, match=r"bare/config.json: expected a LLaVA model's configuration"):
+        train_stage(bare, tmp_path / "out", one_step(eight, data))
     lacking = shutil.copytree(model, tmp_path / "lacking")
     weights = load_file(lacking / "model.safetensors")
     weights.pop(next(key for key in weights if "vision_tower" in key))
     save_file(weights, lacking / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"missing or unknown are .*vision_tower"):
+    with pytest.raises(UserError, match=r"misshapen are .*vision_tower"):
         train_stage(lacking, tmp_path / "out", one_step(eight, data))
     unpadded = shutil.copytree(model, tmp_path / "unpadded")
     for name in ("tokenizer_config.json", "special_tokens_map.json"):

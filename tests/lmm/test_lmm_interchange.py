@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from lift.common.errors import UserError
@@ -336,6 +336,12 @@ def test_wrong_folders_and_projectors_are_refused(built: Path, tower: Path, llm:
         export_llava(ExportSettings(llm, out=tmp_path / "out"))
     with pytest.raises(UserError, match="exists already"):
         export_llava(ExportSettings(built, out=tower))
+    lacking = shutil.copytree(built, tmp_path / "lacking")
+    weights = load_file(lacking / "model.safetensors")
+    weights.pop("vision_tower.embeddings.class_embedding")
+    save_file(weights, lacking / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 are missing, such as vision_tower.embeddings.class_embedding"):
+        export_llava(ExportSettings(lacking, out=tmp_path / "out"))
     projector = export_llava(ExportSettings(built, out=tmp_path / "projector", part="projector"))
     with pytest.raises(UserError, match="--model_base DIR"):
         import_llava(ImportSettings(projector, out=tmp_path / "out"))

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_lmm import make_llm, make_tokenizer
-from transformers import AutoProcessor, GPT2Config, LlamaConfig
+from transformers import AutoProcessor, GPT2Config, LlamaConfig, LlavaForConditionalGeneration
 
 from lift.common.errors import UserError
 from lmm.build import build
@@ -168,6 +168,8 @@ def test_bf16_trains_and_is_written_as_bf16(model: Path, data: Path, tmp_path: P
     out = train_stage(model, tmp_path / "out", chat_stage(data, precision="bf16", template="vicuna_v1", zero_stage=3))
     assert losses(out)[-1] < losses(out)[0]
     assert {value.dtype for value in weights(out).values()} == {torch.bfloat16}
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert LlavaForConditionalGeneration.from_pretrained(out).dtype == torch.bfloat16
     assert "curious user" in AutoProcessor.from_pretrained(out).chat_template
 
 
