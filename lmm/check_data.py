@@ -75,12 +75,13 @@ def _report(rows: Rows, checks: list[Check], ledger: DropLedger, max_length: int
     if len(lengths):
         counts, edges = histogram(lengths)
         report |= {
-            "usable_tokens": sum(check.length for check in usable),
+            "usable_tokens": sum(check.length - check.cut for check in usable),
             "supervised_tokens": sum(check.supervised for check in usable),
             "length_percentiles": {str(p): int(np.percentile(lengths, p)) for p in (0, 5, 50, 95, 99, 100)},
             "length_histogram": {"edges": edges, "samples": counts},
             "max_length": max_length,
-            "share_over_max_length": round(sum(check.cause == TOO_LONG for check in checks) / len(checks), 6),
+            "cut": sum(check.cut > 0 for check in checks),
+            "share_over_max_length": round(sum(check.cause == TOO_LONG or check.cut > 0 for check in checks) / len(checks), 6),
         }
     return report
 
@@ -116,6 +117,7 @@ def _text(report: dict[str, Any], ledger: DropLedger) -> str:
             f"tokens             {report['usable_tokens']} in usable samples",
             f"supervised tokens  {report['supervised_tokens']} ({share:.1%})",
             f"over max_length    {report['share_over_max_length']:.2%} of the samples (max_length {limit})",
+            f"cut there          {report['cut']}",
             "length percentiles " + ", ".join(f"{p}%: {value}" for p, value in report["length_percentiles"].items()),
         ]
         counts, edges = report["length_histogram"]["samples"], report["length_histogram"]["edges"]

@@ -147,10 +147,18 @@ class ConversationEncoder:
         template: Jinja text of the chat template; `template_name` is used in messages.
         tokens_per_image: number of features, hence of image tokens, per image.
         max_length: longest sample in tokens, image tokens included.
+        cuts: a longer sample is cut there, as the original LLaVA does, unless an image would go with it; else it is a fault.
     """
 
     def __init__(
-        self, tokenizer: Any, template: str, template_name: str, image_token: str, tokens_per_image: int, max_length: int
+        self,
+        tokenizer: Any,
+        template: str,
+        template_name: str,
+        image_token: str,
+        tokens_per_image: int,
+        max_length: int,
+        cuts: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.template = template
@@ -158,7 +166,7 @@ class ConversationEncoder:
         self.image_text = image_token * tokens_per_image
         self.image_token = image_token
         self.image_id = tokenizer.convert_tokens_to_ids(image_token)
-        self.max_length = max_length
+        self.max_length, self.cuts = max_length, cuts
         probe = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "PROBE"}]
         self.content_as_parts = "PROBE" not in self._apply(probe, add_generation_prompt=False)
 
@@ -166,17 +174,29 @@ class ConversationEncoder:
         """Ids of the whole conversation, and labels that are -100 except on the tokens of answers and their end-of-turn marks.
 
         Raises:
-            SampleFault: the template refuses the conversation, nothing is supervised, or it is longer than max_length.
+            SampleFault: the template refuses the conversation, nothing is supervised, or what `fit` says.
             UserError: the template rewrites earlier turns, so that answers cannot be told from the rest.
         """
-        tokens = self.tokens(messages)
-        self.require_length(tokens)
-        return tokens
+        return self.fit(self.tokens(messages))
 
-    def require_length(self, tokens: Tokens) -> None:
-        """Raises SampleFault when it is longer than max_length; nothing is ever cut, least of all inside an image."""
-        if len(tokens.input_ids) > self.max_length:
-            raise SampleFault("longer than max_length", f"{len(tokens.input_ids)} tokens")
+    def fit(self, tokens: Tokens) -> Tokens:
+        """The first max_length tokens.
+
+        Raises:
+            SampleFault: there are more, and cutting was not asked for, or would take an image or every answer away.
+        """
+        ids, labels = tokens.input_ids, tokens.labels
+        if len(ids) <= self.max_length:
+            return tokens
+        kept, kept_labels = ids[: self.max_length], labels[: self.max_length]
+        reason = ""
+        if self.cuts and self.image_id in ids[self.max_length :]:
+            reason = ", with an image beyond max_length"
+        elif self.cuts and all(label == IGNORED_LABEL for label in kept_labels):
+            reason = ", with no answer within max_length"
+        if reason or not self.cuts:
+            raise SampleFault("longer than max_length", f"{len(ids)} tokens{reason}")
+        return Tokens(kept, kept_labels)
 
     def tokens(self, messages: list[dict[str, str]]) -> Tokens:
         """As `encode`, however long the conversation is."""

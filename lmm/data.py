@@ -32,9 +32,12 @@ class Check(NamedTuple):
 
     supervised: int
     length: int
+    """Tokens, those that were cut off included."""
     images: int
     cause: str
     detail: str
+    cut: int = 0
+    """Tokens that were cut off at max_length."""
 
 
 class _Checks(Dataset[Check]):
@@ -47,19 +50,21 @@ class _Checks(Dataset[Check]):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Check:
-        row, length, images, supervised = self.rows[index], 0, 0, 0
+        row, length, images, supervised, cut = self.rows[index], 0, 0, 0, 0
         try:
             conversation = parse_row(row.value, row.image_store)
             images = len(conversation.images)
             if self.encoder is not None:
                 tokens = self.encoder.tokens(conversation.messages)
                 length, supervised = len(tokens.input_ids), sum(label != IGNORED_LABEL for label in tokens.labels)
-                self.encoder.require_length(tokens)
+                fitting = self.encoder.fit(tokens)
+                cut = length - len(fitting.input_ids)
+                supervised = sum(label != IGNORED_LABEL for label in fitting.labels)
             for image in conversation.images if self.decode else []:
                 load_image(image)
         except SampleFault as fault:
             return Check(supervised, length, images, fault.cause, fault.detail)
-        return Check(supervised, length, images, "", "")
+        return Check(supervised, length, images, "", "", cut)
 
 
 def check_rows(
@@ -100,7 +105,8 @@ def check_samples(
     Args:
         drop_unsupervised: a sample without a supervised token is dropped and counted like others, instead of being an error.
     Returns:
-        The usable rows in order with their lengths, and their number of supervised tokens. The others are entered in `ledger`.
+        The usable rows in order with their lengths and what was cut off them, and their number of supervised tokens. The
+        others are entered in `ledger`.
     Raises:
         UserError: a sample has no supervised token, which is a fault of the template rather than of the sample.
     """
@@ -116,7 +122,8 @@ def check_samples(
             ledger.drop(rows[index].key, check.cause, check.detail)
     numbers = [index for index, check in enumerate(checks) if not check.cause]
     usable = rows.select(numbers)
-    usable.lengths[:] = [checks[index].length for index in numbers]
+    usable.lengths[:] = [checks[index].length - checks[index].cut for index in numbers]
+    usable.cut[:] = [checks[index].cut for index in numbers]
     usable.images[:] = [checks[index].images for index in numbers]
     return usable, sum(checks[index].supervised for index in numbers)
 
@@ -134,7 +141,7 @@ def require_positions(rows: Rows, positions: int, setting: str) -> None:
     if rows.lengths[longest] > positions:
         raise UserError(
             f"{rows[longest].key}: {rows.lengths[longest]} tokens, but the language model has {positions} positions. "
-            f"Set {setting} to {positions} or less; longer samples are then dropped and counted."
+            f"Set {setting} to {positions} or less; longer samples are then dropped or cut, and counted."
         )
 
 

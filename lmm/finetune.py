@@ -73,5 +73,5 @@ def _check_lengths(settings: FinetuneSettings, model: Path, rank: int, world_siz
         if stage.max_length > positions:
             rows = read_sources(stage.data)
             checks = check_rows(rows, encoder, stage.workers, rank, world_size, decode=False)
-            rows.lengths[:] = [0 if check.cause else check.length for check in checks]
+            rows.lengths[:] = [0 if check.cause else check.length - check.cut for check in checks]
             require_positions(rows, positions, f"{name}.max_length")

@@ -53,7 +53,7 @@ def mask_row(row: Row, encoder: ConversationEncoder) -> Masked:
     _, offsets = encoder.tokenize(text)
     spans: list[tuple[int, int]] = []
     before = IGNORED_LABEL
-    for label, (start, stop) in zip(tokens.labels, offsets, strict=True):
+    for label, (start, stop) in zip(tokens.labels, offsets[: len(tokens.labels)], strict=True):
         if label != IGNORED_LABEL:
             spans = [*spans[:-1], (spans[-1][0], stop)] if before != IGNORED_LABEL else [*spans, (start, stop)]
         before = label

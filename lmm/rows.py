@@ -169,8 +169,8 @@ class Rows(Sequence[Row]):
     """The rows of several sources one after the other, or a selection of them.
 
     Attributes:
-        lengths, images: int64 [rows], tokens and images of each row; zeros until the rows were checked. As arrays they cost
-            loader workers nothing, and sorting by length needs no row to be parsed.
+        lengths, images, cut: int64 [rows], tokens, images, and tokens cut off each row; zeros until the rows were checked. As
+            arrays they cost loader workers nothing, and sorting by length needs no row to be parsed.
     """
 
     def __init__(self, parts: list[tuple[RowFile, ImageStore | None]], selected: np.ndarray | None = None) -> None:
@@ -179,6 +179,7 @@ class Rows(Sequence[Row]):
         self.selected = np.arange(self.starts[-1]) if selected is None else selected
         self.lengths = np.zeros(len(self.selected), dtype=np.int64)
         self.images = np.zeros(len(self.selected), dtype=np.int64)
+        self.cut = np.zeros(len(self.selected), dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.selected)
@@ -201,8 +202,12 @@ class Rows(Sequence[Row]):
         """The rows at these positions, in this order."""
         numbers = np.asarray(numbers, dtype=np.int64)
         chosen = Rows(self.parts, self.selected[numbers])
-        chosen.lengths, chosen.images = self.lengths[numbers], self.images[numbers]
+        chosen.lengths, chosen.images, chosen.cut = self.lengths[numbers], self.images[numbers], self.cut[numbers]
         return chosen
+
+    @property
+    def cut_samples(self) -> int:
+        return int((self.cut > 0).sum())
 
 
 def read_sources(sources: list[ConversationSource]) -> Rows:

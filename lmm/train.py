@@ -84,6 +84,7 @@ def train_stage(model: Path, out: Path, settings: StageSettings, replace: bool =
         "samples": len(stage.rows),
         "supervised_tokens": stage.supervised_tokens,
         "dropped": stage.ledger.counts(),
+        "cut": stage.rows.cut_samples,
         "processes": world_size,
         "environment": describe_environment(),
     }
@@ -150,7 +151,8 @@ class _Stage:
 
     def _report(self, rows: Rows) -> None:
         if self.rank == 0:
-            print(f"{self.ledger.summary(len(rows))}; {self.supervised_tokens} supervised tokens")
+            cut = f"; {self.rows.cut_samples} cut at max_length" if self.settings.over_long == "cut" else ""
+            print(f"{self.ledger.summary(len(rows))}; {self.supervised_tokens} supervised tokens{cut}")
             self.ledger.check(len(rows), self.settings.max_drop_fraction, self.work / "dropped.jsonl")
         elif len(self.ledger) > self.settings.max_drop_fraction * len(rows):
             raise UserError("too many samples dropped; the main process lists them")
@@ -207,9 +209,8 @@ def make_encoder(processor: Any, llava: LlavaConfig, settings: StageSettings, mo
         template, name = load_template(settings.template), settings.template
     if settings.template == "vicuna_v1":
         processor.chat_template = processor.tokenizer.chat_template = template
-    return ConversationEncoder(
-        processor.tokenizer, template, name, processor.image_token, tokens_per_image(llava), settings.max_length
-    )
+    per_image, cuts = tokens_per_image(llava), settings.over_long == "cut"
+    return ConversationEncoder(processor.tokenizer, template, name, processor.image_token, per_image, settings.max_length, cuts)
 
 
 def stage_settings(settings: StageSettings) -> dict[str, Any]:

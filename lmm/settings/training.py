@@ -77,7 +77,10 @@ class StageSettings:
     warmup_ratio: float = 0.03
     """Share of the steps with linearly rising learning rate, followed by a cosine decay to 0."""
     max_length: int = 2048
-    """Longest sample in tokens, image tokens included; a longer sample is dropped and counted, never cut."""
+    """Longest sample in tokens, image tokens included."""
+    over_long: Literal["drop", "cut"] = "drop"
+    """What a longer sample is: one more dropped sample, or `cut` at max_length and counted, as in the original LLaVA; a sample
+    is never cut within or before an image, but dropped."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute precision; bf16 keeps float32 master weights in the optimizer and writes bf16."""
     batching: Literal["random", "grouped"] = "random"

@@ -18,7 +18,7 @@ from lift.common.settings import parse_settings
 from lmm.batches import Collator, EpochSampler
 from lmm.build import build
 from lmm.checkpoints import mark_complete, newest_complete, remove_incomplete
-from lmm.conversation import ConversationEncoder, load_template
+from lmm.conversation import IGNORED_LABEL, ConversationEncoder, load_template, parse_row
 from lmm.data import ConversationDataset, check_samples, describe_sources, read_sources
 from lmm.processor import set_aspect_ratio
 from lmm.settings import (
@@ -59,6 +59,21 @@ def test_every_unusable_sample_is_counted_by_cause(
     assert [row.value for row in usable] == rows[:-5]
     answers = [row["conversations"][1]["value"] for row in rows[:-5]]
     assert supervised == sum(len(f" {answer}".encode()) + 1 for answer in answers)
+
+
+def test_cut_samples_are_counted_and_have_their_cut_length(encoder: ConversationEncoder, data: Path, tmp_path: Path) -> None:
+    rows = [conversation("short", "Yes.", None), conversation("long", "x" * 500, None)]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    source = ConversationSource(annotations=tmp_path / "rows.json")
+    encoder.cuts = True
+    ledger = DropLedger()
+    usable, supervised = check_samples(read_sources([source]), encoder, ledger, 0)
+    whole = encoder.tokens(parse_row(rows[1], None).messages)
+    assert ledger.counts() == {} and usable.cut_samples == 1 and usable.cut.tolist() == [0, len(whole.input_ids) - 400]
+    assert usable.lengths[1] == 400
+    assert supervised == len(" Yes.") + 1 + sum(label != IGNORED_LABEL for label in whole.labels[:400])
+    dataset = ConversationDataset(usable, encoder, None)
+    assert dataset[1]["input_ids"] == whole.input_ids[:400] and usable.select([1]).cut_samples == 1
 
 
 def test_a_sample_without_supervised_token_is_an_error_unless_it_is_to_be_dropped(data: Path) -> None:

@@ -200,3 +200,17 @@ def test_too_long_is_dropped_not_cut() -> None:
     assert len(encoder.encode(parse_row(row("<image>", "abc", image="a.png"), IMAGES).messages).input_ids) == 20
     with pytest.raises(SampleFault, match="longer than max_length"):
         encoder.encode(parse_row(row("<image>", "abcd", image="a.png"), IMAGES).messages)
+
+
+def test_too_long_is_cut_when_asked_but_no_image_nor_all_answers() -> None:
+    encoder = encoder_for(make_tokenizer(), "plain", tokens_per_image=16, max_length=20)
+    encoder.cuts = True
+    whole = encoder.tokens(parse_row(row("<image>", "abcdef", image="a.png"), IMAGES).messages)
+    cut = encoder.fit(whole)
+    assert (cut.input_ids, cut.labels) == (whole.input_ids[:20], whole.labels[:20]) and len(whole.input_ids) > 20
+    encoder.max_length = 15  # within the image
+    with pytest.raises(SampleFault, match="with an image beyond max_length"):
+        encoder.fit(whole)
+    encoder.max_length = 16  # the image alone
+    with pytest.raises(SampleFault, match="with no answer within max_length"):
+        encoder.fit(whole)
