@@ -119,9 +119,11 @@ def _run_process(
         model_args={"job": "job.json"},
         answers_only=not tasks[0].scored_by_lmms,
     )
-    # From here to the end a task's old folder may be replaced: run.json no longer vouches for it.
+    # What is replaced goes first, all of it: no task of an earlier run may stand beside those of this one.
     if (out / RUN_FILE).is_file():
         write_json(out / RUN_FILE, run)
+    for name in wanted.keys() - run["tasks"].keys():
+        shutil.rmtree(out / name, ignore_errors=True)
     for task in tasks:
         rows = None if data is None else data_rows(data, task)
         entry, _ = finish_task(out, task, outputs, log, rows)
