@@ -42,23 +42,30 @@ class PairedResult:
     """Two-sided; None with fewer than two clusters."""
 
 
-def paired_result(a: Terms, b: Terms, cluster_U: np.ndarray, resamples: int, seed: int) -> PairedResult:
-    """Compares two runs on the same units, in the same order.
+def paired_result(a: Sequence[Terms], b: Sequence[Terms], cluster_U: np.ndarray, resamples: int, seed: int) -> PairedResult:
+    """Compares two models on the same units, in the same order; of each the mean value over its runs.
+
+    The bootstrap draws clusters of units and keeps the runs as they are: what is said holds for these runs on questions like
+    these. `seeds.hierarchical_result` also covers the training of other runs.
 
     Args:
+        a, b: one entry a run.
         cluster_U: int64, the cluster of each unit, from 0 without gaps.
     Raises:
         ValueError: no units, or units of different number.
     """
-    if len(cluster_U) == 0 or not a.top_US.shape == b.top_US.shape == a.bottom_US.shape == b.bottom_US.shape:
-        raise ValueError(f"expected two equally long, non-empty arrays, found {a.top_US.shape} and {b.top_US.shape}")
-    pattern_PK, count_P = _patterns(np.hstack([a.top_US, a.bottom_US, b.top_US, b.bottom_US]), cluster_U)
-    difference = a.value - b.value
+    shapes = {array.shape for terms in (*a, *b) for array in (terms.top_US, terms.bottom_US)}
+    if len(cluster_U) == 0 or len(shapes) > 1:
+        raise ValueError(f"expected equally long, non-empty arrays, found {sorted(shapes)}")
+    pattern_PK, count_P = _patterns(np.hstack([array for t in (*a, *b) for array in (t.top_US, t.bottom_US)]), cluster_U)
+    sides = _Sides(len(a), len(b), a[0].scale)
+    difference = float(np.mean([terms.value for terms in a]) - np.mean([terms.value for terms in b]))
     if count_P.sum() < 2 or not np.isfinite(difference):
         return PairedResult(difference, None, None)
-    drawn_R = _bootstrap(pattern_PK, count_P, a.scale, resamples, seed)
-    interval = percentile_interval(drawn_R, int(count_P.sum())) if len(count_P) > 1 else None
-    return PairedResult(difference, interval, _swap_test(pattern_PK, count_P, a.scale, resamples, seed))
+    interval = None
+    if len(count_P) > 1:
+        interval = percentile_interval(_bootstrap(pattern_PK, count_P, sides, resamples, seed), int(count_P.sum()))
+    return PairedResult(difference, interval, _swap_test(pattern_PK, count_P, sides, resamples, seed))
 
 
 def percentile_interval(drawn_R: np.ndarray, clusters: int) -> tuple[float, float]:
@@ -195,32 +202,57 @@ def _patterns(columns_UK: np.ndarray, cluster_U: np.ndarray) -> tuple[np.ndarray
     return pattern_PK, count_P
 
 
-def _bootstrap(pattern_PK: np.ndarray, count_P: np.ndarray, scale: float, resamples: int, seed: int) -> np.ndarray:
+@dataclass(frozen=True)
+class _Sides:
+    """How the columns of patterns belong together: for each run of A, then of B, its tops and its bottoms."""
+
+    runs_a: int
+    runs_b: int
+    scale: float
+
+    def difference(self, sum_RK: np.ndarray) -> np.ndarray:
+        """Mean value over the runs of A minus that of B, [R]."""
+        parts = np.split(sum_RK, 2 * (self.runs_a + self.runs_b), axis=-1)
+        values = [_values(top, bottom, self.scale) for top, bottom in zip(parts[::2], parts[1::2], strict=True)]
+        return np.mean(values[: self.runs_a], axis=0) - np.mean(values[self.runs_a :], axis=0)
+
+
+def _bootstrap(pattern_PK: np.ndarray, count_P: np.ndarray, sides: _Sides, resamples: int, seed: int) -> np.ndarray:
     """float64 [resamples]: differences of draws of the clusters with replacement."""
     generator, clusters, drawn = np.random.default_rng(seed), int(count_P.sum()), []
     size = max(1, (1 << 23) // len(count_P))
     for start in range(0, resamples, size):
         times_RP = generator.multinomial(clusters, count_P / clusters, min(size, resamples - start))
-        top_a, bottom_a, top_b, bottom_b = np.split(times_RP @ pattern_PK, 4, axis=1)
-        drawn.append(_values(top_a, bottom_a, scale) - _values(top_b, bottom_b, scale))
+        drawn.append(sides.difference(times_RP.astype(np.float64) @ pattern_PK))
     return np.concatenate(drawn)
 
 
-def _swap_test(pattern_PK: np.ndarray, count_P: np.ndarray, scale: float, resamples: int, seed: int) -> float:
-    """Two-sided p-value when the two runs might as well change sides, each cluster as a whole."""
-    top_a, bottom_a, top_b, bottom_b = np.split(pattern_PK, 4, axis=1)
-    if np.array_equal(bottom_a, bottom_b):
-        total_S = count_P @ bottom_a
+def _swap_test(pattern_PK: np.ndarray, count_P: np.ndarray, sides: _Sides, resamples: int, seed: int) -> float | None:
+    """Two-sided p-value when the two sides might as well change places, each cluster as a whole.
+
+    None for several runs a side of a measure whose bottom depends on the answers: there is no run to change places with.
+    """
+    parts = np.split(pattern_PK, 2 * (sides.runs_a + sides.runs_b), axis=1)
+    tops, bottoms = parts[::2], parts[1::2]
+    if all(np.array_equal(bottoms[0], bottom) for bottom in bottoms):
+        total_S = count_P @ bottoms[0]
         weight_S = np.ones(1) if len(total_S) == 1 else 1 / total_S
-        return sign_flip_p_value(np.repeat((top_a - top_b) @ weight_S, count_P), resamples, seed)
+        difference_PS = np.mean(tops[: sides.runs_a], axis=0) - np.mean(tops[sides.runs_a :], axis=0)
+        return sign_flip_p_value(np.repeat(difference_PS @ weight_S, count_P), resamples, seed)
+    if sides.runs_a > 1 or sides.runs_b > 1:
+        return None
+    other_PK = np.hstack([tops[1], bottoms[1], tops[0], bottoms[0]])
     swapped_RP = np.random.default_rng(seed).binomial(count_P, 0.5, (resamples, len(count_P)))
-    columns = [
-        (count_P - swapped_RP) @ one + swapped_RP @ other
-        for one, other in ((top_a, top_b), (bottom_a, bottom_b), (top_b, top_a), (bottom_b, bottom_a))
-    ]
-    drawn_R = np.abs(_values(columns[0], columns[1], scale) - _values(columns[2], columns[3], scale))
-    observed = abs(_values(count_P @ top_a, count_P @ bottom_a, scale) - _values(count_P @ top_b, count_P @ bottom_b, scale))
+    drawn_R = np.abs(sides.difference((count_P - swapped_RP) @ pattern_PK + swapped_RP @ other_PK))
+    observed = abs(float(sides.difference(count_P @ pattern_PK)))
     return float((1 + np.sum(drawn_R >= observed - 1e-12)) / (1 + resamples))
+
+
+def influence(terms: Terms, cluster_U: np.ndarray) -> np.ndarray:
+    """float64 [C]: by how much each cluster moves the value, to first order; sums to 0."""
+    total_S = terms.bottom_US.sum(0)
+    ratio_S = terms.top_US.sum(0) / total_S
+    return np.bincount(cluster_U, terms.scale * ((terms.top_US - ratio_S * terms.bottom_US) / total_S).sum(1))
 
 
 def _whole_steps(size_C: np.ndarray) -> np.ndarray | None:
