@@ -38,8 +38,8 @@ def scores_of(task: str, records: Sequence[Record]) -> dict[str, Any]:
     """`overall`, and per name under each level (MMBench: `l1`, `l2`, `l3`), values as fractions.
 
     Each holds `n` (units: circular groups of MMBench, else rows), `rows`, the benchmark's measures (`circular` and `vanilla`,
-    or `accuracy` with others), `parse_failures` (rows in whose response the rule reads nothing) and `parse_failure_rate`; MMBench
-    also `lmms_eval_static` (circular accuracy by lmms-eval's own rule; None when it is not installed).
+    or `accuracy` with others), `parse_failures` (rows in whose response the rule reads nothing) and `parse_failure_rate`;
+    MMBench also `lmms_eval_static` (circular accuracy by lmms-eval's own rule; None when it is not installed).
     """
     measures = measures_of(task, records)
     hits = static_hits(records) if task in CIRCULAR_TASKS else None

@@ -40,7 +40,11 @@ def _mmbench(request: Request, cells: Sequence[dict[str, str]], task: str) -> tu
     if request.questions is not None:
         questions = Questions(request.questions, task)
         for place, doc in enumerate(docs):
-            if asked := questions.by_key.get(str(doc["index"])):
+            asked = questions.by_key.get(str(doc["index"]))
+            if asked is None:  # a rotation has the categories of its first pass, which may be all that is there
+                first = questions.by_key.get(str(doc["index"] % ROTATION_STRIDE), {})
+                docs[place] = doc | {name: first.get(name) or doc[name] for name in ("category", "L2-category")}
+            else:
                 for name in ("answer", "question", *OPTION_LETTERS):
                     if not same_text(doc[name], asked[name]):
                         raise UserError(
