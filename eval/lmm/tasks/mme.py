@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.lmm.tasks.dataset import Table, task_source
-from eval.lmm.tasks.published import IMAGE_SUFFIXES, Published, Source, with_images
+from eval.lmm.tasks.published import IMAGE_SUFFIXES, Published, Source, lines, with_images
 from eval.lmm.tasks.rules import lmms_eval_module
 from eval.records import Record
 from lift.common.errors import UserError
@@ -96,10 +96,10 @@ def _rows(folder: Path) -> Iterator[dict[str, Any]]:
     for path in paths:
         candidates = [images / f"{path.stem}{suffix}" for suffix in IMAGE_SUFFIXES]
         image = next((each for each in candidates if each.is_file()), candidates[0])
-        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        if len(lines) != 2 or lines[0] == lines[1]:
-            raise UserError(f"{path}: expected two questions, which MME scores together, found {len(set(lines))}.")
-        for number, line in enumerate(lines, start=1):
+        questions = lines(path, "MME's questions on an image")
+        if len(questions) != 2 or questions[0] == questions[1]:
+            raise UserError(f"{path}: expected two questions, which MME scores together, found {len(set(questions))}.")
+        for number, line in enumerate(questions, start=1):
             question, _, answer = line.rpartition("\t")
             if not question.strip() or answer.strip().lower() not in ("yes", "no"):
                 raise UserError(f"{path}:{number}: expected a question, a tab, and Yes or No, found '{line}'.")
