@@ -226,6 +226,21 @@ def test_a_folder_keeps_other_configs_and_replaces_its_own(tmp_path: Path, mmben
     assert counts == {"mmbench": 4, "mmbench_cn": 12}
 
 
+def test_rotations_take_the_categories_of_their_first_pass(tmp_path: Path, mmbench: SimpleNamespace) -> None:
+    rows = [row if row["index"] < 1_000_000 else row | {"category": "", "l2-category": ""} for row in mmbench.rows()]
+    LMM_TASKS["mmbench"].convert(mmbench.write(rows, tmp_path / "first.tsv"), tmp_path / "data")
+    (file,) = (tmp_path / "data").rglob("*.parquet")
+    stored = pyarrow.parquet.read_table(file).to_pylist()
+    assert [row["category"] for row in stored] == [row["category"] for row in mmbench.rows()]
+    assert [row["L2-category"] for row in stored] == [row["l2-category"] for row in mmbench.rows()]
+
+
+def test_a_rotation_with_a_gap_before_it_is_named(tmp_path: Path, mmbench: SimpleNamespace) -> None:
+    rows = [row for row in mmbench.rows() if row["index"] != 2_000_001]
+    with pytest.raises(UserError, match="index 3000001 is a rotation of 1, but 2000001 is not there"):
+        LMM_TASKS["mmbench"].convert(mmbench.write(rows, tmp_path / "gap.tsv"), tmp_path / "data")
+
+
 def test_images_of_the_same_photo_are_stored_once(tmp_path: Path) -> None:
     folder = lmm_layouts.pope(tmp_path / "pope")
     photo = encoded(noise_image(1, (300, 300)))
