@@ -38,6 +38,10 @@ from eval.lmm.tasks import LMM_TASKS
 
 TASK = LMM_TASKS["mmbench"]
 PROMPT = {"pre_prompt": "", "post_prompt": "\nAnswer with the option's letter from the given choices directly."}
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
 WORDS = [
     "the",
     "what",
@@ -83,7 +87,7 @@ def make_tokenizer(docs: list[dict[str, Any]]) -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = [mmbench_doc_to_text(doc, PROMPT) + f" ASSISTANT: {letter}" for doc in docs for letter in "ABCD"]
+    texts = [f"{SYSTEM}USER: {mmbench_doc_to_text(doc, PROMPT)} ASSISTANT: {letter}" for doc in docs for letter in "ABCD"]
     raw.train_from_iterator(texts, trainer)
     return wrap_tokenizer(raw)
 
