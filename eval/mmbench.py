@@ -62,7 +62,7 @@ def parse_answer(response: str, options: Mapping[str, str]) -> str | None:
 
 
 def record(row: Mapping[str, Any], response: str, task: str) -> dict[str, Any]:
-    """One line of `records.jsonl` from a question row (see `eval.lmm.tasks.mmbench`) and the model's raw text."""
+    """One line of `records.jsonl` from a question row (see `mmbench_data.read_questions`) and the model's raw text."""
     prediction = parse_answer(response, row["options"])
     return {
         "task": task,
