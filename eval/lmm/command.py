@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from eval.answers.score import scores_of, scores_table
 from eval.lmm.data import chosen_tasks, data_hash, data_rows, link_data
 from eval.lmm.run import run_lmms_eval
 from eval.lmm.run_folder import (
@@ -26,7 +27,6 @@ from eval.lmm.run_folder import (
     read_run,
     read_task_records,
 )
-from eval.lmm.summary import summary_table
 from eval.lmm.tasks import LmmTask, task_source
 from eval.settings import LmmSettings, given
 from lift.common.files import LOCK_FILE, locked_folder, sha256_folder, write_json
@@ -62,7 +62,9 @@ def lmm(settings: LmmSettings) -> None:
             if not any(path for path in out.iterdir() if path.name != LOCK_FILE):
                 shutil.rmtree(out)  # nothing came of it: the data were faulty
     for task in tasks:
-        print(f"\n{summary_table(read_task_records(out, task.name), run['tasks'][task.name]['lmms_eval'])}")
+        print(f"\n{scores_table(scores_of(task.name, read_task_records(out, task.name)))}")
+        if theirs := run["tasks"][task.name]["lmms_eval"]:
+            print("lmms-eval's own numbers:", ", ".join(f"{name} {value}" for name, value in theirs.items() if "/" not in name))
 
 
 def run_identity(folder: Path, device: str, dtype: str) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def read_lmms_scores(outputs: Path, task: LmmTask, log: Path) -> dict[str, float
     static = outputs / "submissions" / f"{task.lmms_task}_results.json"
     if static.is_file():
         by_level = read_json(static, "lmms-eval's static score")
-        scores["overall"] = _finite(by_level["overall_acc"])
+        scores = {"overall": _finite(by_level["overall_acc"])}  # the metric beside it only looks like a judge's
         for level, key in (("l2", "l2_category_acc"), ("l3", "category_acc")):
             scores |= {f"{level}/{name}": _finite(value) for name, value in by_level[key].items()}
     return scores
