@@ -9,7 +9,7 @@ from lift.common.cli import Command, run_command
 
 COMMANDS = {
     "encoder": Command(settings.EncoderSettings, "eval.encoder:encoder", positional=True),
-    "data": Command(settings.DataSettings, "eval.mmbench_data:data", positional=True),
+    "data": Command(settings.DataSettings, "eval.lmm.tasks.data:data", positional=True),
     "lmm": Command(settings.LmmSettings, "eval.lmm.command:lmm", positional=True),
     "stock": Command(settings.StockSettings, "eval.lmm.command:stock", positional=True),
     "score": Command(settings.ScoreSettings, "eval.score:score", positional=True),

@@ -11,12 +11,16 @@ from eval.settings.common import at_least, given
 
 @dataclass
 class DataSettings:
-    """Turns an MMBench TSV into the data folder that lmms-eval finds without a network."""
+    """Turns a benchmark's published files into the data folder that lmms-eval finds without a network."""
 
-    file: Path
-    """MMBench TSV (index, question, hint, A-D, answer, category, image, source, l2-category, comment, split)."""
+    source: Path
+    """Published file or folder, as docs/lmm_tasks.md lists them; for MMBench its TSV with base64 images."""
+    task: Literal["mmbench", "mmbench_cn"] = "mmbench"
+    """Benchmark that `source` is of."""
     out: Path | None = None
-    """Folder that will hold `lmms-lab-encoder/MMBench`; run lmms-eval in it."""
+    """Folder for the data of any number of benchmarks, each added by its own call; `lift-eval lmm --data` takes it."""
+    allow_missing: bool = False
+    """Keep only the questions whose image files are there, and say how many were left out; else these are an error."""
 
     def __post_init__(self) -> None:
         given(self.out, "out")
