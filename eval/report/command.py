@@ -14,7 +14,7 @@ from plotly.offline import get_plotlyjs
 
 from eval.comparison.flips import find_flips
 from eval.comparison.lmms import compare_records
-from eval.output import percent, write_csv
+from eval.output import write_csv
 from eval.page import render
 from eval.records import RECORDS_FILE, Record, read_records
 from eval.report import names, plots, tables
@@ -59,7 +59,7 @@ def compare_runs(settings: ReportSettings) -> tuple[dict[str, Any], list[dict[st
     """The comparison of both run folders, as `lift-eval compare` makes it, and the flips of the tasks in it."""
     runs = {"a": settings.run_a, "b": settings.run_b}
     records_a, records_b = (_records(run) for run in runs.values())
-    comparison = {"kind": "lmms", "name_a": settings.name_a, "name_b": settings.name_b}
+    comparison: dict[str, Any] = {"kind": "lmms", "name_a": settings.name_a, "name_b": settings.name_b}
     comparison |= compare_records(
         records_a,
         records_b,
@@ -68,7 +68,6 @@ def compare_runs(settings: ReportSettings) -> tuple[dict[str, Any], list[dict[st
         resamples=settings.resamples,
         seed=settings.seed,
     )
-    comparison["seeds"] = None
     comparison["runs"] = {side: read_json(run / "run.json") | {"folder": str(run)} for side, run in runs.items()}
     kept_a, kept_b = ([r for r in records if r.task in comparison["tasks"]] for records in (records_a, records_b))
     return tables.without_nan(comparison), find_flips(kept_a, kept_b)
@@ -125,7 +124,6 @@ def write_page(
         "script": Markup(script),
         "script_hashes": [_source_hash(plotly_script), _source_hash(script)],
         "style": Markup((HERE / "report.css").read_text(encoding="utf-8")),
-        "percent": percent,
         "amount": tables.amount,
         "interval_text": tables.interval_text,
         "p_text": tables.p_text,
@@ -136,7 +134,9 @@ def write_page(
 
     def page_with(shown: Gallery) -> str:
         data = block | {"flips": shown.flips, "images": shown.images}
-        return render("report/report.html.jinja", **values, **fixed, block=json_block(data), flips=shown.counts, losses=block["losses"])
+        return render(
+            "report/report.html.jinja", **values, **fixed, block=json_block(data), flips=shown.counts, losses=block["losses"]
+        )
 
     limit = None if settings.flips == "all" else int(settings.flips)
     with Thumbnails((settings.run_a, settings.run_b), comparison["tasks"]) as thumbnails:

@@ -1,4 +1,4 @@
-"""Benchmarks of the two encoders by themselves, beside those of the LMMs: folders of `lift-eval encoder` come in, rows go out."""
+"""Benchmarks of the two encoders by themselves, beside the LMMs': folders of `lift-eval encoder` come in, rows go out."""
 
 from __future__ import annotations
 

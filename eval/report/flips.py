@@ -43,12 +43,15 @@ class Thumbnails:
         self.paths = [path for task in tasks for run in runs if (path := run / task / THUMBNAILS).is_file()]
 
     def __enter__(self) -> Thumbnails:
-        self._stack, self._place = ExitStack(), {}
+        self._stack = ExitStack()
+        self._place: dict[str, tuple[Path, zipfile.ZipFile, zipfile.ZipInfo]] = {}
         for path in self.paths:
             try:
                 archive = self._stack.enter_context(zipfile.ZipFile(path))
             except (zipfile.BadZipFile, OSError) as error:
-                raise UserError(f"{path}: expected the images of a run, found no readable zip: {error}. Run it again.") from error
+                raise UserError(
+                    f"{path}: expected the images of a run, found no readable zip: {error}. Run it again."
+                ) from error
             for member in archive.infolist():
                 self._place.setdefault(member.filename, (path, archive, member))
         return self

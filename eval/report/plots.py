@@ -71,12 +71,14 @@ def forest(rows: Sequence[dict[str, Any]], name_a: str, name_b: str) -> Figure:
                     "thickness": 2,
                     "width": 5,
                 },
-                "text": [f"{point:+.2f} [{low:+.2f}, {high:+.2f}]" for point, (low, high) in zip(points, bounds, strict=True)],
+                "text": [
+                    f"{point:+.2f} ({low:+.2f} to {high:+.2f})" for point, (low, high) in zip(points, bounds, strict=True)
+                ],
                 "hovertemplate": "%{y}<br>%{text}<extra></extra>",
             }
         )
-    zero = {"type": "line", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "yref": "paper", "line": {"width": 1}, "layer": "below"}
-    title = f"← {name_b} better · difference in points · {name_a} better →"
+    zero = {"type": "line", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "yref": "paper", "line": {"width": 1.5}, "layer": "below"}
+    title = f"difference in points<br>← {html.escape(name_b)} better | {html.escape(name_a)} better →"
     layout = _layout(labels, lines=max(label.count("<br>") for label in labels) + 1, title=title)
     return {"data": traces, "layout": layout | {"shapes": [zero]}}
 
@@ -101,7 +103,9 @@ def bars(rows: Sequence[dict[str, Any]], name_a: str, name_b: str) -> Figure:
         for side, name in (("b", name_b), ("a", name_a))  # from below, so that A is the upper bar and first in the legend
     ]
     layout = _layout(labels, lines=max(label.count("<br>") for label in labels) + 1, title="%", row_height=42)
-    layout["xaxis"] |= {"rangemode": "tozero", "range": [0, min(112, 1.18 * max(max(trace["x"]) for trace in traces) + 1)]}
+    longest = 100 * max(row[f"value_{side}"] for row in rows for side in ("a", "b"))
+    layout["xaxis"] |= {"range": [0, min(112, 1.18 * longest + 1)]}
+    layout["legend"] = _LEGEND | {"traceorder": "reversed"}
     return {"data": traces, "layout": layout | {"barmode": "group", "bargap": 0.28, "bargroupgap": 0.06}}
 
 
@@ -141,15 +145,19 @@ def loss_figures(training: dict[str, list[dict[str, Any]]], name_a: str, name_b:
     return figures
 
 
-_LEGEND = {"orientation": "h", "x": 0, "y": 1, "yanchor": "bottom", "xanchor": "left"}
+_LEGEND = {"orientation": "h", "xref": "container", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom"}
 
 
 def _layout(labels: Sequence[str], lines: int, title: str, row_height: int = 30) -> dict[str, Any]:
     height = max(row_height, 17 * lines + 6) * len(labels)
     return {
-        "height": height + 96,
-        "margin": {"l": 8, "r": 16, "t": 36, "b": 60},
-        "xaxis": {"title": {"text": html.escape(title), "font": {"size": 12}, "standoff": 10}, "automargin": True, "zeroline": False},
+        "height": height + 108,
+        "margin": {"l": 8, "r": 16, "t": 36, "b": 72},
+        "xaxis": {
+            "title": {"text": title, "font": {"size": 12}, "standoff": 10},
+            "automargin": True,
+            "zeroline": False,
+        },
         "yaxis": {
             "categoryorder": "array",
             "categoryarray": list(reversed(labels)),

@@ -1,4 +1,4 @@
-"""The LIFT paper's reading of its MMBench gains, put to the test by two runs: L2 rows of a comparison come in, a verdict goes out.
+"""The LIFT paper's reading of its MMBench gains, tested on two runs: L2 rows of a comparison come in, a verdict goes out.
 
 The reading (arXiv 2506.04209): *gains come from fine-grained perception (single-instance) and relation reasoning*. It says two
 things: A gains in both of these L2 categories, and it gains there more than in the other four.
@@ -59,7 +59,7 @@ def paper_reading(comparison: dict[str, Any], task: str) -> dict[str, Any]:
     for row, drawn in zip(evidence[2:], draws, strict=True):
         row["interval"] = _interval(drawn)
     for row, of in zip(evidence, named, strict=False):
-        row["interval"] = of["interval"]
+        row["interval"], row["detectable"] = of["interval"], of["detectable"]
     for row, p in zip(evidence, adjusted([row["p_value"] for row in evidence[:2]], "holm"), strict=False):
         row["p_adjusted"] = p
     contrast = _contrast(evidence[2]["difference"] - evidence[3]["difference"], draws[0] - draws[1])
@@ -98,6 +98,7 @@ def _evidence(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "only_b": only_b,
         "p_value": p_value,
         "p_adjusted": None,
+        "detectable": None,
     }
 
 
@@ -120,13 +121,19 @@ def _verdict(named: Sequence[dict[str, Any]], contrast: dict[str, Any]) -> str:
 
 
 def _sentence(verdict: str, evidence: Sequence[dict[str, Any]], contrast: dict[str, Any], name_a: str) -> str:
-    points = [f"{100 * row['difference']:+.1f}" for row in evidence]
-    low, high = contrast["interval"]
+    points = [_points(row["difference"]) for row in evidence]
+    low, high = map(_points, contrast["interval"])
     text = (
         f"{name_a} gains {points[0]} points in single-instance fine-grained perception and {points[1]} in relation reasoning; "
-        f"both together {points[2]}, the other L2 categories {points[3]}: a contrast of {100 * contrast['difference']:+.1f} "
-        f"(95 % interval {100 * low:+.1f} to {100 * high:+.1f})."
+        f"both together {points[2]}, the other L2 categories {points[3]}: a contrast of {_points(contrast['difference'])} "
+        f"(95 % interval {low} to {high})."
     )
     if verdict == "undecided" and contrast["detectable"] is not None:
-        text += f" This many questions would have shown a contrast of {100 * contrast['detectable']:.1f} points with 80 % power."
+        text += (
+            f" This many questions would have shown a contrast of {100 * contrast['detectable']:.1f} points with 80 % power."
+        )
     return text
+
+
+def _points(fraction: float) -> str:
+    return f"{100 * fraction:+.1f}".replace("-", "−")

@@ -85,6 +85,7 @@ function startPlots() {
     }
     chooseLevel();
   };
+  $("view-task").value = (DATA.views.find((view) => view.level === "l2") || DATA.views[0]).task;
   $("view-task").addEventListener("change", chooseTask);
   $("view-levels").addEventListener("change", chooseLevel);
   chooseTask();
@@ -325,8 +326,10 @@ function startGallery() {
 // ---- print: the first cards of what is filtered, and plots as wide as the paper
 
 const PAPER_WIDTH = 690;
+let printing = false;
 
 function beforePrint() {
+  printing = true;
   const made = matching.slice(0, DATA.print_cards).map((flip) => card(flip, () => {}));
   made.forEach((each) => each.querySelectorAll("img").forEach((image) => (image.loading = "eager")));
   $("cards").replaceChildren(...made);
@@ -334,6 +337,7 @@ function beforePrint() {
 }
 
 function afterPrint() {
+  printing = false;
   const before = Math.max(cardsShown, PAGE_OF_CARDS);
   cardsShown = 0;
   $("cards").replaceChildren();
@@ -348,6 +352,6 @@ window.addEventListener("afterprint", afterPrint);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawAll());
 // Plotly measures its place while the page is still being laid out, and afterwards follows the window only.
 const watch = new ResizeObserver((entries) => {
-  for (const entry of entries) if (entry.target.data) Plotly.Plots.resize(entry.target);
+  for (const entry of entries) if (entry.target.data && !printing) Plotly.Plots.resize(entry.target);
 });
 for (const id of drawn.keys()) watch.observe($(id));

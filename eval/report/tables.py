@@ -38,9 +38,9 @@ def p_text(p: float | None) -> str:
 
 def amount(value: float | None, scale: str = "fraction", signed: bool = False) -> str:
     """A fraction in percent, a published score in points; a dash for None."""
-    if scale == "fraction" or value is None:
-        return percent(value, signed)
-    return f"{value:+,.1f}" if signed else f"{value:,.1f}"
+    points = "" if value is None else f"{value:+,.1f}" if signed else f"{value:,.1f}"
+    text = points if points and scale == "points" else percent(value, signed)
+    return text.replace("-", "−")  # the minus sign, as wide as the plus
 
 
 def interval_text(interval: Sequence[float] | None, scale: str = "fraction") -> str:
@@ -70,7 +70,8 @@ def headline(comparison: dict[str, Any]) -> str:
     (row,) = rows
     text = (
         f"On {row['label']}, {a} reaches {percent(row['value_a'])} % and {b} {percent(row['value_b'])} % "
-        f"({row['measure'].replace('_', ' ')}, n = {row['n']:,}): a difference of {percent(row['difference'], signed=True)} points"
+        f"({row['measure'].replace('_', ' ')}, n = {row['n']:,}): a difference of {amount(row['difference'], signed=True)} "
+        "points"
     )
     if row["interval"] is None:
         return f"{text}; so few questions say nothing about others like them."
@@ -89,48 +90,42 @@ def _headline_of_many(a: str, b: str, rows: Sequence[dict[str, Any]]) -> str:
         else f"{name} on none"
         for side, name in (("a", a), ("b", b))
     ]
-    rest = f"; {', '.join(labels['neither'])} {'does' if len(labels['neither']) == 1 else 'do'} not tell" if labels["neither"] else ""
+    rest = (
+        f"; {', '.join(labels['neither'])} {'does' if len(labels['neither']) == 1 else 'do'} not tell"
+        if labels["neither"]
+        else ""
+    )
     return f"{parts[0]}, {parts[1]}{rest}."
 
 
 def task_tables(comparison: dict[str, Any]) -> list[dict[str, Any]]:
-    """One entry a task: its levels, each with the rows of the primary measure and the other measures of the same names."""
+    """One table a task: the rows of its primary measure by level, each with the other measures of the same name beside it."""
     entries = []
     for task, about in comparison["tasks"].items():
         rows = [row for row in comparison["rows"] if row["task"] == task]
-        levels = list(dict.fromkeys(row["level"] for row in rows))
+        found = {(row["level"], row["name"], row["measure"]): row for row in rows}
+        others = list(dict.fromkeys(row["measure"] for row in rows if not row["primary"]))
+        primary = [
+            row | {"ahead": ahead(row), "others": [found.get((row["level"], row["name"], measure)) for measure in others]}
+            for row in rows
+            if row["primary"]
+        ]
+        levels = dict.fromkeys(row["level"] for row in primary)
         entries.append(
-            {
-                "task": task,
+            about
+            | {
                 "label": task_label(task),
-                "unit": about["unit"],
-                "measures": about["measures"],
-                "excluded": about["excluded"],
-                "levels": [_level(rows, level) for level in levels],
+                "measure": primary[0]["measure"],
+                "others": others,
+                "levels": [(level_label(level), [row for row in primary if row["level"] == level]) for level in levels],
             }
         )
     return entries
 
 
-def _level(rows: Sequence[dict[str, Any]], level: str) -> dict[str, Any]:
-    of_level = [row for row in rows if row["level"] == level]
-    primary = [row for row in of_level if row["primary"]]
-    others = list(dict.fromkeys(row["measure"] for row in of_level if not row["primary"]))
-    found = {(row["name"], row["measure"]): row for row in of_level}
-    return {
-        "level": level,
-        "label": level_label(level),
-        "measure": primary[0]["measure"] if primary else "",
-        "others": others,
-        "rows": [
-            row | {"ahead": ahead(row), "others": [found.get((row["name"], measure)) for measure in others]} for row in primary
-        ],
-    }
-
-
 COLUMNS = (
-    "part", "task", "measure", "primary", "level", "name", "n", "clusters", "scale", "value_a", "value_b", "difference", "low", "high",
-    "only_a", "only_b", "p_value", "p_adjusted", "unparsed_a", "unparsed_b", "detectable",
+    "part", "task", "measure", "primary", "level", "name", "n", "clusters", "scale", "value_a", "value_b", "difference",
+    "low", "high", "only_a", "only_b", "p_value", "p_adjusted", "unparsed_a", "unparsed_b", "detectable",
 )  # fmt: skip
 
 
