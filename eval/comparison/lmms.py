@@ -71,13 +71,22 @@ def levels_of(records: Sequence[Record]) -> list[str]:
 
 
 def excluded(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """What a comparison leaves out and why: rows without a category at a level that other rows have."""
+    """What a comparison leaves out and why: rows without a category at a level that others have, categories of one cluster."""
     found = []
     for level in levels_of(records):
         without = [record for record in records if not record.categories.get(level)]
         if without:
             reason = f"no {level} category: counted in overall, in no row of {level}"
             found.append({"reason": reason, "n": len(without), "first": without[0].key})
+        clusters: dict[str, dict[str, list[Record]]] = {}
+        for record in records:
+            if name := record.categories.get(level):
+                clusters.setdefault(name, {}).setdefault(record.group, []).append(record)
+        for name, groups in clusters.items():
+            if len(groups) == 1:
+                ((first, *others),) = groups.values()
+                reason = f"{level} {name} has one question or image: no interval, no p, none of the adjusted tests"
+                found.append({"reason": reason, "n": 1 + len(others), "first": first.key})
     return found
 
 

@@ -28,7 +28,7 @@ class Terms:
 
     @property
     def value(self) -> float:
-        """NaN when a ratio has bottom 0."""
+        """NaN when the only ratio has bottom 0."""
         return float(_values(self.top_US.sum(0), self.bottom_US.sum(0), self.scale))
 
 
@@ -187,8 +187,11 @@ def _largest_losses(units: int) -> np.ndarray:
 
 
 def _values(top: np.ndarray, bottom: np.ndarray, scale: float) -> np.ndarray:
+    """Sums of ratios, [...]; a ratio without units, which a draw of clusters may give, counts as the mean of the others."""
     with np.errstate(invalid="ignore", divide="ignore"):
-        return scale * np.sum(top / bottom, axis=-1)
+        ratio = top / bottom
+        there = np.isfinite(ratio)
+        return scale * ratio.shape[-1] * np.where(there, ratio, 0.0).sum(-1) / np.where(there.any(-1), there.sum(-1), np.nan)
 
 
 def _patterns(columns_UK: np.ndarray, cluster_U: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

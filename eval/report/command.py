@@ -12,20 +12,18 @@ import plotly
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from eval.comparison.flips import find_flips
-from eval.comparison.lmms import compare_records
+from eval.comparison.command import compare_answers
 from eval.output import write_csv
 from eval.page import render
-from eval.records import RECORDS_FILE, Record, read_records
 from eval.report import names, plots, tables
-from eval.report.encoders import compare_encoders
+from eval.report.encoders import encoders_of
 from eval.report.flips import Gallery, Thumbnails, gallery
 from eval.report.reading import paper_readings
 from eval.report.training import read_training, total_cost
-from eval.settings import ReportSettings
+from eval.settings import ReportSettings, given
 from lift.common.environment import describe_environment
 from lift.common.errors import UserError
-from lift.common.files import atomic_file, read_json, require_folder, write_json, write_text
+from lift.common.files import atomic_file, read_json, write_json, write_text
 
 HERE = Path(__file__).parent
 MEGABYTE = 1_000_000
@@ -37,53 +35,30 @@ def report(settings: ReportSettings) -> None:
     Raises:
         UserError: a folder is not what it should be, the runs saw other questions, or the page cannot be as small as asked.
     """
-    comparison, flips = compare_runs(settings)
-    encoders = compare_encoders(settings.encoder_a, settings.encoder_b)
+    out = given(settings.out, "out")
+    found, flips, notes = compare_answers(settings)
+    comparison: dict[str, Any] = tables.without_nan(found)
+    encoders = encoders_of(settings)
     training = {"a": read_training(settings.training_a), "b": read_training(settings.training_b)}
-    values = page_values(settings, comparison, encoders, training)
+    values = page_values(comparison, encoders, training) | {"stages": _read_stages(settings.stages), "notes": notes}
     page, shown = write_page(settings, comparison, flips, values)
-    write_text(settings.out, page)
-    write_json(settings.out.with_suffix(".json"), _numbers(values, shown))
-    with atomic_file(settings.out.with_suffix(".csv")) as temporary:
+    write_text(out, page)
+    write_json(out.with_suffix(".json"), _numbers(values, shown))
+    with atomic_file(out.with_suffix(".csv")) as temporary:
         write_csv(temporary, tables.csv_rows(comparison, encoders))
     print(values["headline"])
     for reading in values["readings"]:
         print(f"The paper's reading, {names.task_label(reading['task'])}: {reading['verdict']}. {reading['sentence']}")
     counts = shown.counts
+    for note in notes:
+        print(note)
     left = f", {counts['left_out']} left out" if counts["left_out"] else ""
     size = len(page.encode("utf-8", errors="backslashreplace")) / MEGABYTE
-    print(f"{settings.out}: {size:.1f} MB, {counts['embedded']} of {counts['total']} flips{left}; .json and .csv beside it")
-
-
-def compare_runs(settings: ReportSettings) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The comparison of both run folders, as `lift-eval compare` makes it, and the flips of the tasks in it."""
-    runs = {"a": settings.run_a, "b": settings.run_b}
-    records_a, records_b = (_records(run) for run in runs.values())
-    comparison: dict[str, Any] = {"kind": "lmms", "name_a": settings.name_a, "name_b": settings.name_b}
-    comparison |= compare_records(
-        records_a,
-        records_b,
-        name_a=settings.name_a,
-        name_b=settings.name_b,
-        resamples=settings.resamples,
-        seed=settings.seed,
-    )
-    comparison["runs"] = {side: read_json(run / "run.json") | {"folder": str(run)} for side, run in runs.items()}
-    kept_a, kept_b = ([r for r in records if r.task in comparison["tasks"]] for records in (records_a, records_b))
-    return tables.without_nan(comparison), find_flips(kept_a, kept_b)
-
-
-def _records(run: Path) -> list[Record]:
-    require_folder(run, "a run folder of lift-eval lmm")
-    tasks = read_json(run / "run.json", "the summary of a run")["tasks"]
-    return [record for task in tasks for record in read_records(run / task / RECORDS_FILE)]
+    print(f"{out}: {size:.1f} MB, {counts['embedded']} of {counts['total']} flips{left}; .json and .csv beside it")
 
 
 def page_values(
-    settings: ReportSettings,
-    comparison: dict[str, Any],
-    encoders: dict[str, Any] | None,
-    training: dict[str, list[dict[str, Any]]],
+    comparison: dict[str, Any], encoders: dict[str, Any] | None, training: dict[str, list[dict[str, Any]]]
 ) -> dict[str, Any]:
     """What the template prints, the gallery aside."""
     return {
@@ -95,7 +70,6 @@ def page_values(
         "encoders": encoders,
         "training": training,
         "costs": {side: total_cost(runs) for side, runs in training.items()},
-        "stages": _read_stages(settings.stages),
         "sources": dict.fromkeys(names.SOURCES[task] for task in comparison["tasks"] if task in names.SOURCES),
         "made_with": describe_environment() | {"plotly": plotly.__version__},
     }
@@ -165,7 +139,7 @@ def _source_hash(script: str) -> str:
 
 
 def _numbers(values: dict[str, Any], shown: Gallery) -> dict[str, Any]:
-    kept = ("headline", "comparison", "readings", "encoders", "training", "costs", "stages", "made_with")
+    kept = ("headline", "comparison", "readings", "encoders", "training", "costs", "stages", "notes", "made_with")
     return {name: values[name] for name in kept} | {"flips": shown.counts}
 
 

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import dataclasses
 from typing import Any
 
-from lift.common.errors import UserError
-from lift.common.files import read_json
+from eval.compare_encoders import encoder_comparison
+from eval.report.tables import SIGNIFICANT, without_nan
+from eval.settings import CompareSettings, ReportSettings
 
 
-def compare_encoders(folder_a: Path | None, folder_b: Path | None) -> dict[str, Any] | None:
-    """Both encoders' results, and under `rows` their metrics side by side; None when none were given.
+def encoders_of(settings: ReportSettings) -> dict[str, Any] | None:
+    """The comparison of both encoders as `lift-eval compare` makes it, each row with `ahead`; None when none were given.
 
     Raises:
-        UserError: the two were measured on different data.
+        UserError: the two were measured on other data, or by another protocol.
     """
-    if folder_a is None or folder_b is None:
+    if settings.encoder_a is None or settings.encoder_b is None:
         return None
-    a, b = (read_json(folder / "results.json", "results of lift-eval encoder") for folder in (folder_a, folder_b))
-    if a["data_hash"] != b["data_hash"]:
-        raise UserError(
-            f"{folder_a} and {folder_b}: expected results on the same data, found different data hashes. Measure both again."
-        )
-    shares = [name for name, metric in a["metrics"].items() if metric["statistic"] != "median_rank" and name in b["metrics"]]
-    rows = [{"name": name, "a": a["metrics"][name], "b": b["metrics"][name]} for name in shares]
-    rows = [row | {"difference": row["a"]["value"] - row["b"]["value"]} for row in rows]
-    return {"a": a, "b": b, "rows": rows}
+    shared = ("out", "name_a", "name_b", "resamples", "seed")
+    options = {
+        field.name: getattr(settings, field.name) for field in dataclasses.fields(CompareSettings) if field.name in shared
+    }
+    found = encoder_comparison(CompareSettings(run_a=settings.encoder_a, run_b=settings.encoder_b, **options))
+    comparison: dict[str, Any] = without_nan(found)
+    comparison["rows"] = [row | {"ahead": _ahead(row)} for row in comparison["rows"]]
+    return comparison
+
+
+def _ahead(row: dict[str, Any]) -> str:
+    """A low rank is the better one. By the adjusted p-value; what has none is told by its interval."""
+    interval, p = row["interval"], row["p_holm"]
+    told = p < SIGNIFICANT if p is not None else interval is not None and (interval[0] > 0 or interval[1] < 0)
+    if not told or not row["difference"]:
+        return "neither"
+    return "a" if (row["difference"] > 0) != (row["statistic"] == "median_rank") else "b"

@@ -145,7 +145,7 @@ def loss_figures(training: dict[str, list[dict[str, Any]]], name_a: str, name_b:
     return figures
 
 
-_LEGEND = {"orientation": "h", "xref": "container", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom"}
+_LEGEND = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom"}
 
 
 def _layout(labels: Sequence[str], lines: int, title: str, row_height: int = 30) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
 
 from eval.comparison.statistics import adjusted
 from eval.report.names import plain
@@ -31,8 +30,8 @@ def paper_readings(comparison: dict[str, Any]) -> list[dict[str, Any]]:
 def paper_reading(comparison: dict[str, Any], task: str) -> dict[str, Any]:
     """The verdict, a sentence, and its evidence in fractions.
 
-    - `supported`: A is ahead in both named categories (exact McNemar test, Holm over these two, 5 %), and by more than in the
-      other categories together (the interval of the contrast lies above 0).
+    - `supported`: A is ahead in both named categories (p-value of the paired test, Holm over these two, 5 %), and by more than
+      in the other categories together (the interval of the contrast lies above 0).
     - `not supported`: A is behind in a named category by that test, or the contrast's interval lies below 0.
     - `undecided`: neither; `detectable` says what this many groups would have shown.
     - `not testable`: one of the categories, or all others, are not among the questions.
@@ -53,14 +52,12 @@ def paper_reading(comparison: dict[str, Any], task: str) -> dict[str, Any]:
     named = [by_name[name] for name in NAMED]
     resamples, seed = comparison["bootstrap"]["resamples"], comparison["bootstrap"]["seed"]
     generator = np.random.default_rng(seed)
-    draws = [_pooled_draws(part, resamples, generator) for part in (named, others)]
+    draws = [_pooled_draws(part, comparison["seeds"] is not None, resamples, generator) for part in (named, others)]
     evidence = [*(_evidence(row["name"], [row]) for row in named), _evidence("both together", named)]
     evidence.append(_evidence("the other L2 categories", others))
     for row, drawn in zip(evidence[2:], draws, strict=True):
         row["interval"] = _interval(drawn)
-    for row, of in zip(evidence, named, strict=False):
-        row["interval"], row["detectable"] = of["interval"], of["detectable"]
-    for row, p in zip(evidence, adjusted([row["p_value"] for row in evidence[:2]], "holm"), strict=False):
+    for row, p in zip(evidence, adjusted([row["p_value"] for row in named], "holm"), strict=False):
         row["p_adjusted"] = p
     contrast = _contrast(evidence[2]["difference"] - evidence[3]["difference"], draws[0] - draws[1])
     verdict = _verdict(evidence[:2], contrast)
@@ -73,13 +70,21 @@ def paper_reading(comparison: dict[str, Any], task: str) -> dict[str, Any]:
     }
 
 
-def _pooled_draws(rows: Sequence[dict[str, Any]], resamples: int, generator: np.random.Generator) -> NDArray[np.float64]:
+def _pooled_draws(
+    rows: Sequence[dict[str, Any]], several_runs: bool, resamples: int, generator: np.random.Generator
+) -> NDArray[np.float64]:
     """float64 [resamples]: the pooled difference of as many groups, drawn with replacement within each category.
 
     A group is right for A alone, for B alone, or for both or neither, so that drawing groups is drawing these three counts.
+    Of several runs a side there are means instead: each category's difference is then drawn from the normal distribution that
+    its interval says, as if categories shared no seed.
     """
     total = np.zeros(resamples)
     for row in rows:
+        if several_runs:
+            low, high = row["interval"] or (row["difference"], row["difference"])
+            total += row["n"] * generator.normal(row["difference"], (high - low) / 3.92, resamples)
+            continue
         shares = np.array([row["only_a"], row["only_b"], row["n"] - row["only_a"] - row["only_b"]]) / row["n"]
         counts_R3 = generator.multinomial(row["n"], shares, size=resamples)
         total += counts_R3[:, 0] - counts_R3[:, 1]
@@ -87,19 +92,14 @@ def _pooled_draws(rows: Sequence[dict[str, Any]], resamples: int, generator: np.
 
 
 def _evidence(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A category as the comparison has it, or several pooled: by their questions, without a test."""
+    if len(rows) == 1:
+        kept = ("n", "difference", "interval", "only_a", "only_b", "p_value", "detectable")
+        return {"name": name, "p_adjusted": None} | {key: rows[0][key] for key in kept}
     n, only_a, only_b = (sum(row[key] for row in rows) for key in ("n", "only_a", "only_b"))
-    p_value = float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
-    return {
-        "name": name,
-        "n": n,
-        "difference": (only_a - only_b) / n,
-        "interval": None,
-        "only_a": only_a,
-        "only_b": only_b,
-        "p_value": p_value,
-        "p_adjusted": None,
-        "detectable": None,
-    }
+    difference = sum(row["n"] * row["difference"] for row in rows) / n
+    evidence = {"name": name, "n": n, "difference": difference, "only_a": only_a, "only_b": only_b}
+    return evidence | dict.fromkeys(("interval", "p_value", "p_adjusted", "detectable"))
 
 
 def _interval(drawn: NDArray[np.float64]) -> list[float]:
@@ -113,7 +113,7 @@ def _contrast(difference: float, drawn: NDArray[np.float64]) -> dict[str, Any]:
 
 
 def _verdict(named: Sequence[dict[str, Any]], contrast: dict[str, Any]) -> str:
-    clear = [row["p_adjusted"] < SIGNIFICANT for row in named]
+    clear = [row["p_adjusted"] is not None and row["p_adjusted"] < SIGNIFICANT for row in named]
     low, high = contrast["interval"]
     if high < 0 or any(is_clear and row["difference"] < 0 for is_clear, row in zip(clear, named, strict=True)):
         return "not supported"

@@ -137,8 +137,9 @@ def csv_rows(comparison: dict[str, Any], encoders: dict[str, Any] | None) -> lis
         low, high = row["interval"] or (None, None)
         rows.append(empty | {"part": "lmm", **{k: row.get(k) for k in COLUMNS if k in row}, "low": low, "high": high})
     for row in encoders["rows"] if encoders else []:
-        task, _, measure = row["name"].partition("/")
-        values = {"part": "encoder", "task": task, "measure": measure, "n": row["a"]["n"], "difference": row["difference"]}
-        values["scale"] = "fraction"
-        rows.append(empty | values | {"value_a": row["a"]["value"], "value_b": row["b"]["value"]})
+        task, _, measure = row["metric"].partition("/")
+        low, high = row["interval"] or (None, None)
+        values = {"part": "encoder", "task": task, "measure": measure, "low": low, "high": high, "p_adjusted": row["p_holm"]}
+        values["scale"] = "rank" if row["statistic"] == "median_rank" else "fraction"
+        rows.append(empty | {k: row[k] for k in COLUMNS if k in row} | values)
     return rows

@@ -8,6 +8,20 @@ from typing import Literal
 
 from eval.settings.common import at_least, given
 
+LmmTaskName = Literal[
+    "mmbench",
+    "mmbench_cn",
+    "gqa",
+    "pope",
+    "mme",
+    "seedbench",
+    "textvqa",
+    "ai2d",
+    "scienceqa",
+    "scienceqa_img",
+]
+"""Benchmarks of `eval.lmm.tasks`."""
+
 
 @dataclass
 class DataSettings:
@@ -15,10 +29,12 @@ class DataSettings:
 
     source: Path
     """Published file or folder, as docs/lmm_tasks.md lists them; for MMBench its TSV with base64 images."""
-    task: Literal["mmbench", "mmbench_cn"] = "mmbench"
-    """Benchmark that `source` is of."""
+    task: LmmTaskName | None = None
+    """Benchmark that `source` is of; a .tsv is taken for `mmbench` when nothing else is said."""
     out: Path | None = None
     """Folder for the data of any number of benchmarks, each added by its own call; `lift-eval lmm --data` takes it."""
+    images: Path | None = None
+    """Folder of the image files, where it is not in its published place beside the questions."""
     allow_missing: bool = False
     """Keep only the questions whose image files are there, and say how many were left out; else these are an error."""
 

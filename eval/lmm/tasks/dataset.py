@@ -141,7 +141,6 @@ def _keep_configs(old: Path, work: Path, leave_out: set[str]) -> list[dict[str, 
 
 
 def _write_parquet(table: Table, path: Path) -> int:
-    import pyarrow as pa
     import pyarrow.parquet
     from datasets import Features
 
@@ -164,13 +163,24 @@ def _write_parquet(table: Table, path: Path) -> int:
             group.append(cells)
             count += 1
             if size > _ROW_GROUP_BYTES:
-                writer.write_table(pa.Table.from_pylist(group, schema))
+                writer.write_table(_arrow_table(group, schema, table.source))
                 group, size = [], 0
         if group:
-            writer.write_table(pa.Table.from_pylist(group, schema))
+            writer.write_table(_arrow_table(group, schema, table.source))
     if not count:
         raise UserError(f"{table.source.repository}: expected question rows, found none.")
     return count
+
+
+def _arrow_table(rows: list[dict[str, Any]], schema: Any, source: TaskSource) -> Any:
+    import pyarrow as pa
+
+    try:
+        return pa.Table.from_pylist(rows, schema)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise UserError(
+            f"{source.repository}: a question has a value of another type than the published ones: {error}"
+        ) from error
 
 
 def _read_image(image: bytes | Path, decoded: set[Path]) -> dict[str, Any]:

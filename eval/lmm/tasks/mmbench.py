@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from eval.lmm.tasks.dataset import Table, task_source
-from eval.lmm.tasks.published import Published
+from eval.lmm.tasks.published import Published, Source
 from eval.mmbench import OPTION_LETTERS, ROTATION_STRIDE, TAXONOMY, parse_answer
 from eval.records import Record
 from lift.common.errors import UserError
@@ -64,13 +64,13 @@ def record(task: str, doc: Mapping[str, Any], response: str, images: Sequence[st
     )
 
 
-def read(lmms_task: str, path: Path, allow_missing: bool = False) -> Published:
-    """An MMBench TSV (also .xlsx) with base64 images. Its images are in the file: `allow_missing` has nothing to allow."""
-    rows = (
-        row | row["options"] | {"L2-category": row["l2_category"]}
-        for row in read_questions(require_file(path, "an MMBench TSV"))
-    )
-    return Published([Table(task_source(lmms_task), COLUMNS, rows)])
+def read(lmms_task: str, source: Source) -> Published:
+    """An MMBench TSV (also .xlsx) with base64 images."""
+    if source.images is not None:
+        raise UserError("--images: MMBench's images are in its TSV; leave the option out.")
+    rows = read_questions(source.path)
+    flat = (row | row["options"] | {"L2-category": row["l2_category"]} for row in rows)
+    return Published([Table(task_source(lmms_task), COLUMNS, flat)])
 
 
 def read_table(path: Path, required: tuple[str, ...]) -> pd.DataFrame:
