@@ -9,6 +9,7 @@ from typing import Any
 from eval.answers.cells import read_cells
 from eval.lmm.tasks import LMM_TASKS, task_source
 from eval.lmm.tasks.mmbench import question_fields
+from eval.lmm.tasks.published import Source
 from eval.mmbench import OPTION_LETTERS
 from eval.records import Record
 from lift.common.errors import UserError
@@ -66,7 +67,7 @@ def _docs(path: Path, task: str) -> list[dict[str, Any]]:
         files = sorted((path / source.repository / source.config).glob(f"{source.split}-*.parquet"))
         if files:
             return _parquet_docs(files)
-    published = LMM_TASKS[task].read(path, True)
+    published = LMM_TASKS[task].read(Source(path, allow_missing=True))
     return [{name: value for name, value in row.items() if name != "image"} for row in published.tables[0].rows]
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+from eval.lmm.tasks.rules import lmms_eval_module
 from eval.records import Record
+from lift.common.errors import UserError
 
 
 def yes_or_no(response: str) -> str | None:
@@ -45,21 +44,10 @@ def static_hits(records: Sequence[Record]) -> list[bool] | None:
 
 @lru_cache(maxsize=1)
 def _static_functions() -> tuple[Any, Callable[..., str]] | None:
-    """Loaded as files: importing the package takes seconds and touches the GPU."""
-    spec = importlib.util.find_spec("lmms_eval")
-    if spec is None or not spec.submodule_search_locations:
+    try:
+        evals = lmms_eval_module("tasks/mmbench/mmbench_evals.py")
+        extract = lmms_eval_module("tasks/_task_utils/mcq_extract.py")
+    except UserError:
         return None
-    tasks = Path(spec.submodule_search_locations[0]) / "tasks"
-    evals, extract = _load(tasks / "mmbench" / "mmbench_evals.py"), _load(tasks / "_task_utils" / "mcq_extract.py")
     evals.eval_logger.disable(evals.__name__)  # it reports every "A" that might be an article
     return evals.MMBench_Evaluator(), extract.extract_mcq_answer
-
-
-def _load(path: Path) -> ModuleType:
-    name = f"_lmms_eval_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ImportError(f"{path} cannot be loaded")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

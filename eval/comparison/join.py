@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from eval.records import Record
 from lift.common.errors import UserError
@@ -18,7 +19,9 @@ def by_task(records: Sequence[Record]) -> dict[str, list[Record]]:
 
 
 def same_questions(records_a: Sequence[Record], records_b: Sequence[Record], name_a: str, name_b: str) -> list[Record]:
-    """`records_b` in the order of `records_a`; both of one task.
+    """`records_b` in the order of `records_a`, and under its groups; both of one task.
+
+    Groups may differ where only one run has images: some benchmarks' groups are the rows of an image.
 
     Raises:
         UserError: a row that one run lacks or has twice, another question, options, answer, category, rotation or image.
@@ -33,18 +36,19 @@ def same_questions(records_a: Sequence[Record], records_b: Sequence[Record], nam
         )
     for key, a in of_a.items():
         b = of_b[key]
-        if a.text_hash != b.text_hash or (a.group, a.rotation) != (b.group, b.rotation):
+        regrouped = a.group != b.group and bool(a.images) == bool(b.images)
+        if a.text_hash != b.text_hash or a.rotation != b.rotation or regrouped:
             name = next(
                 name
-                for name in ("question", "options", "answer", "categories", "group", "rotation")
-                if getattr(a, name) != getattr(b, name) or name == "rotation"
+                for name in ("question", "options", "answer", "rotation", "categories", "group")
+                if getattr(a, name) != getattr(b, name) or name == "group"
             )
             raise UserError(
                 f"{where}: {a.task} {key} has another {name}: {getattr(a, name)!r} and {getattr(b, name)!r}. {HINT}"
             )
         if a.images and b.images and a.images != b.images:
             raise UserError(f"{where}: {a.task} {key} has another image: {a.images[0]:.12} and {b.images[0]:.12}. {HINT}")
-    return [of_b[key] for key in of_a]
+    return [b if b.group == a.group else replace(b, group=a.group) for a, b in ((a, of_b[key]) for key, a in of_a.items())]
 
 
 def _by_key(records: Sequence[Record], name: str) -> dict[str, Record]:

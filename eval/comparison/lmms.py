@@ -49,8 +49,12 @@ def compare_runs(
     rows: list[dict[str, Any]] = []
     tasks: dict[str, Any] = {}
     for task in common:
-        first = tasks_of[0][task]
-        aligned = [same_questions(first, tasks[task], names[0], name) for name, tasks in zip(names, tasks_of, strict=True)]
+        # the run with images knows best which rows belong together
+        reference = next((place for place, tasks in enumerate(tasks_of) if any(r.images for r in tasks[task])), 0)
+        first = tasks_of[reference][task]
+        aligned = [
+            same_questions(first, tasks[task], names[reference], name) for name, tasks in zip(names, tasks_of, strict=True)
+        ]
         sides = aligned[: len(runs_a)], aligned[len(runs_a) :]
         measures = [m for m in measures_of(task, first) if all(m in measures_of(task, records) for records in aligned)]
         for measure in measures:

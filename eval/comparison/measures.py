@@ -6,6 +6,7 @@ A unit is what counts as right or wrong: a question with all its rotations (circ
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -42,6 +43,8 @@ def measures_of(task: str, records: Sequence[Record]) -> tuple[Measure, ...]:
         measures: tuple[Measure, ...] = CIRCULAR
     else:
         measures = {"mme": MME, "pope": POPE}.get(task, ACCURACY)
+        if measures is MME and set(Counter(record.group for record in records).values()) != {2}:
+            measures = ACCURACY  # the others are of images with both their questions
     return (*measures, LIKELIHOOD) if all(record.likelihood for record in records) else measures
 
 

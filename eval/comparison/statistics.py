@@ -37,7 +37,7 @@ class PairedResult:
     difference: float
     """Value of A minus value of B."""
     interval: tuple[float, float] | None
-    """95 %; None with fewer than two clusters, or where all clusters are alike, of which resampling shows no spread."""
+    """95 %; None with fewer than two clusters, or where they all differ alike, of which resampling shows no spread."""
     p_value: float | None
     """Two-sided; None with fewer than two clusters."""
 
@@ -62,9 +62,8 @@ def paired_result(a: Sequence[Terms], b: Sequence[Terms], cluster_U: np.ndarray,
     difference = float(np.mean([terms.value for terms in a]) - np.mean([terms.value for terms in b]))
     if count_P.sum() < 2 or not np.isfinite(difference):
         return PairedResult(difference, None, None)
-    interval = None
-    if len(count_P) > 1:
-        interval = percentile_interval(_bootstrap(pattern_PK, count_P, sides, resamples, seed), int(count_P.sum()))
+    drawn_R = _bootstrap(pattern_PK, count_P, sides, resamples, seed)
+    interval = percentile_interval(drawn_R, int(count_P.sum())) if np.nanstd(drawn_R) > 1e-12 else None
     return PairedResult(difference, interval, _swap_test(pattern_PK, count_P, sides, resamples, seed))
 
 
