@@ -84,18 +84,14 @@ def headline(comparison: dict[str, Any]) -> str:
 
 def _headline_of_many(a: str, b: str, rows: Sequence[dict[str, Any]]) -> str:
     labels = {side: [row["label"] for row in rows if row["ahead"] == side] for side in ("a", "b", "neither")}
-    parts = [
-        f"{name} is ahead on {len(labels[side])} of {len(rows)} benchmarks ({', '.join(labels[side])})"
-        if labels[side]
-        else f"{name} on none"
-        for side, name in (("a", a), ("b", b))
-    ]
+    told = {side: f"{len(names)} ({', '.join(names)})" if names else "none" for side, names in labels.items()}
+    of_a = told["a"].replace(" (", f" of {len(rows)} benchmarks (", 1) if labels["a"] else f"none of {len(rows)} benchmarks"
     rest = (
         f"; {', '.join(labels['neither'])} {'does' if len(labels['neither']) == 1 else 'do'} not tell"
         if labels["neither"]
         else ""
     )
-    return f"{parts[0]}, {parts[1]}{rest}."
+    return f"{a} is ahead on {of_a}, {b} on {told['b']}{rest}."
 
 
 def task_tables(comparison: dict[str, Any]) -> list[dict[str, Any]]:
