@@ -128,8 +128,8 @@ def _finetune(name: str, settings: RunSettings) -> Stage:
 def _measure_lmm(name: str, out: Path) -> Stage:
     results = out / f"mmbench_{name}"
     command = ["eval", "lmm", str(out / f"llava_{name}" / "stage2"), "--out", str(results)]
-    command += ["--data", str(out / "world" / "mmbench.tsv"), "--batch_size", "32"]
-    return Stage(f"MMBench of LLaVA on {name.upper()}", command, results / "run.json")
+    command += ["--tasks", "mmbench", "--data", str(out / "world" / "mmbench.tsv"), "--batch_size", "32"]
+    return Stage(f"MMBench of LLaVA on {name.upper()}", command, results / "mmbench" / "records.jsonl")
 
 
 def _compare(out: Path) -> Iterator[Stage]:

@@ -40,5 +40,5 @@ def read_cells(path: Path) -> list[dict[str, str]]:
     table.columns = names
     table = table[[name for name in names if name not in IMAGES]]
     if table.empty:
-        raise UserError(f"{path}: expected rows, found none.")
+        raise UserError(f"{path}: expected an answer file or a table with rows, found only the line {names}.")
     return [{str(name): str(cell) for name, cell in row.items()} for row in table.fillna("").to_dict("records")]

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy.stats import binomtest
+from statsmodels.stats.multitest import multipletests
 
 from eval.__main__ import main
 from eval.comparison.flips import find_flips
@@ -106,6 +107,9 @@ def test_adjustments_by_hand() -> None:
     assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
     assert adjusted([0.04, None, 0.01, 0.03], "bh") == [pytest.approx(0.04), None, pytest.approx(0.03), pytest.approx(0.04)]
     assert adjusted([None], "holm") == [None]
+    drawn = np.random.default_rng(0).random(50) ** 3
+    for method, theirs in (("holm", "holm"), ("bh", "fdr_bh")):
+        assert adjusted(list(drawn), method) == pytest.approx(list(multipletests(drawn, method=theirs)[1]))
 
 
 def test_power_by_hand_and_by_drawing() -> None:

@@ -14,6 +14,7 @@ from eval.lmm.tasks.published import (
     Published,
     Source,
     image_path,
+    lines,
     option_number,
     refuse_duplicates,
     text,
@@ -77,6 +78,8 @@ def read(lmms_task: str, source: Source) -> Published:
         raise UserError("--images: AI2D's images lie beside its questions; give the folder of both as the source only.")
     tests = _test_ids(source)
     categories = read_json(folder / "categories.json", "AI2D's categories of images")
+    if not isinstance(categories, dict):
+        raise UserError(f"{folder}/categories.json: expected an object, image name to category, found another form.")
     paths = sorted(require_folder(folder / "questions", "AI2D's questions").glob("*.json"), key=lambda path: path.name)
     rows, left_out = [], 0
     for path in paths:
@@ -106,7 +109,7 @@ def _test_ids(source: Source) -> set[str]:
             f"{source.path}: expected {name} in it or beside it, AI2D's list of test images (one id a line); "
             f"without it questions of the training part would be asked."
         )
-    return {line.strip().removesuffix(".png") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()}
+    return {line.strip().removesuffix(".png") for line in lines(path, "AI2D's list of test images")}
 
 
 def _row(folder: Path, name: str, category: Any, question: str, values: Any, path: Path) -> dict[str, Any]:

@@ -62,11 +62,12 @@ def read(lmms_task: str, source: Source) -> Published:
     """`testdev_balanced_questions.json` (of questions1.2.zip) and `images/IMAGE_ID.jpg` (of images.zip)."""
     name = "testdev_balanced_questions.json"
     path = source.file("GQA's questions", name, f"questions1.2/{name}", f"questions/{name}")
-    questions = read_json(path, "GQA's questions")
+    # LLaVA's file is JSON lines, and without answers
+    questions = {} if path.suffix == ".jsonl" else read_json(path, "GQA's questions")
     if not isinstance(questions, dict) or not questions or not all(isinstance(each, dict) for each in questions.values()):
         raise UserError(
             f"{path}: expected {name} of GQA, an object of one object a question id, found another form. "
-            f"(LLaVA's llava_gqa_testdev_balanced.jsonl has no answers.)"
+            f"LLaVA's llava_gqa_testdev_balanced.jsonl has no answers: take GQA's own file."
         )
     folder = source.image_folder("images", "../images")
     rows = [_row(key, values, f"{path}: question {key}") for key, values in questions.items()]
@@ -85,25 +86,35 @@ def _row(key: str, values: dict[str, Any], where: str) -> dict[str, Any]:
     types = values.get("types")
     if not isinstance(types, dict):
         raise UserError(f"{where}: expected the question's types under 'types', found {types!r}.")
-    operations = values.get("semantic") or []
+    annotations, operations = _part(values, "annotations", dict, where), _part(values, "semantic", list, where)
+    if not all(isinstance(each, dict) for each in operations):
+        raise UserError(f"{where}: expected a list of objects under 'semantic', found {operations!r}.")
     return row | {
         "id": key,
         "fullAnswer": values.get("fullAnswer"),
         "isBalanced": values.get("isBalanced"),
-        "groups": _chosen(values.get("groups"), _GROUPS),
+        "groups": _chosen(_part(values, "groups", dict, where), _GROUPS),
         "entailed": json.dumps(values.get("entailed") or []),
         "equivalent": json.dumps(values.get("equivalent") or []),
         "types": {level: text(types, level, where) for level in LEVELS},
-        "annotations": {name: _pairs((values.get("annotations") or {}).get(name)) for name in _ANNOTATED},
+        "annotations": {name: _pairs(_part(annotations, name, dict, where)) for name in _ANNOTATED},
         "semantic": [_chosen(each, _OPERATION) for each in operations],
         "semanticStr": values.get("semanticStr"),
     }
 
 
-def _chosen(values: Any, names: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: (values or {}).get(name) for name in names}
+def _part(values: Mapping[str, Any], key: str, kind: type, where: str) -> Any:
+    """The object or list under `key`, empty when there is none. Raises UserError when it is anything else."""
+    part = values.get(key) or kind()
+    if not isinstance(part, kind):
+        raise UserError(f"{where}: expected {'an object' if kind is dict else 'a list'} under '{key}', found {part!r}.")
+    return part
 
 
-def _pairs(objects: Any) -> list[dict[str, str]]:
+def _chosen(values: Mapping[str, Any], names: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: values.get(name) for name in names}
+
+
+def _pairs(objects: Mapping[str, Any]) -> list[dict[str, str]]:
     """GQA's {place in the text: object id} as the published data set lists it."""
-    return [{"objectId": place, "value": str(value)} for place, value in (objects or {}).items()]
+    return [{"objectId": place, "value": str(value)} for place, value in objects.items()]

@@ -146,6 +146,7 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
     rows = question_fields(table, path)
     _check_rotations(rows, path)
     cell_by_index = {str(row["index"]): cell for row, cell in zip(rows, table["image"], strict=True)}
+    _take_categories_of_first_passes(rows)
     optional = [
         {name: cells.get(name) or None for name in ("source", "comment", "split")} for cells in table.to_dict("records")
     ]
@@ -158,6 +159,15 @@ def read_questions(path: Path) -> list[dict[str, Any]]:
         row["image"], row["image_sha256"] = hash_by_cell[cell]
         row.update(extra)
     return rows
+
+
+def _take_categories_of_first_passes(rows: list[dict[str, Any]]) -> None:
+    """Files may name the categories in the first pass only; a question's rotations are of the same ones."""
+    names = ("category", "l2_category")
+    of_group = {row["index"]: {name: row[name] for name in names} for row in rows if row["index"] < ROTATION_STRIDE}
+    for row in rows:
+        for name in names:
+            row[name] = row[name] or of_group[row["index"] % ROTATION_STRIDE][name]
 
 
 def _check_rotations(rows: list[dict[str, Any]], path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.lmm.tasks.dataset import Table, task_source
-from eval.lmm.tasks.published import IMAGE_SUFFIXES, Published, Source, with_images
+from eval.lmm.tasks.published import IMAGE_SUFFIXES, Published, Source, lines, with_images
 from eval.lmm.tasks.rules import lmms_eval_module
 from eval.records import Record
 from lift.common.errors import UserError
@@ -68,14 +68,15 @@ def read(lmms_task: str, source: Source) -> Published:
     if source.images is not None:
         raise UserError("--images: MME's images lie beside its questions; give the folder of both as the source only.")
     folder = require_folder(source.path, "the folder MME_Benchmark_release_version")
-    inner = [each for each in (folder, folder / "MME_Benchmark_release_version", folder / "MME_Benchmark") if _subtasks(each)]
+    places = ("", "MME_Benchmark", "MME_Benchmark_release_version", "MME_Benchmark_release_version/MME_Benchmark")
+    inner = [folder / place for place in places if _subtasks(folder / place)]
     if not inner:
         raise UserError(f"{folder}: expected MME's folders ({', '.join(_TYPE_OF_SUBTASK)}), found none of them.")
     absent = [name for name in _TYPE_OF_SUBTASK if name not in _subtasks(inner[0])]
     if absent and not source.allow_missing:
         raise UserError(
             f"{inner[0]}: expected a folder for each of MME's 14 subtasks, found none for {', '.join(absent)}. "
-            f"Add them, or evaluate without them with --allow-missing."
+            f"Add them, or evaluate without them with --allow_missing."
         )
     rows = [row for name in _subtasks(inner[0]) for row in _rows(inner[0] / name)]
     rows, left_out = with_images(rows, "question_id", source)
@@ -96,10 +97,10 @@ def _rows(folder: Path) -> Iterator[dict[str, Any]]:
     for path in paths:
         candidates = [images / f"{path.stem}{suffix}" for suffix in IMAGE_SUFFIXES]
         image = next((each for each in candidates if each.is_file()), candidates[0])
-        lines = [line for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-        if len(lines) != 2 or lines[0] == lines[1]:
-            raise UserError(f"{path}: expected two questions, which MME scores together, found {len(set(lines))}.")
-        for number, line in enumerate(lines, start=1):
+        questions = lines(path, "MME's questions on an image")
+        if len(questions) != 2 or questions[0] == questions[1]:
+            raise UserError(f"{path}: expected two questions, which MME scores together, found {len(set(questions))}.")
+        for number, line in enumerate(questions, start=1):
             question, _, answer = line.rpartition("\t")
             if not question.strip() or answer.strip().lower() not in ("yes", "no"):
                 raise UserError(f"{path}:{number}: expected a question, a tab, and Yes or No, found '{line}'.")

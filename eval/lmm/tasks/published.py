@@ -12,6 +12,7 @@ from typing import Any
 
 from eval.lmm.tasks.dataset import Table
 from lift.common.errors import UserError
+from lift.common.files import require_file
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -75,9 +76,9 @@ def objects(value: Any, path: Path, what: str) -> list[dict[str, Any]]:
 
 
 def text(row: Mapping[str, Any], key: str, where: str) -> str:
-    """The text (or number, as text) under `key`. Raises UserError when it is missing, empty or NaN."""
+    """The text (or whole number, as text) under `key`. Raises UserError when it is missing, empty, NaN or of another kind."""
     value = row.get(key)
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or str(value).strip().lower() in ("", "nan"):
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or not str(value).strip():
         raise UserError(f"{where}: expected a text under '{key}', found {value!r}.")
     return str(value)
 
@@ -87,7 +88,16 @@ def texts(row: Mapping[str, Any], key: str, where: str, least: int) -> list[str]
     value = row.get(key)
     if not isinstance(value, list) or len(value) < least:
         raise UserError(f"{where}: expected at least {least} texts under '{key}', found {value!r}.")
-    return [text({f"{key}[{place}]": each}, f"{key}[{place}]", where) for place, each in enumerate(value)]
+    return [text({key: each}, key, where) for each in value]
+
+
+def lines(path: Path, what: str) -> list[str]:
+    """The lines that are not blank. Raises UserError when the file is not there or not in UTF-8."""
+    try:
+        content = require_file(path, what).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: expected {what} in UTF-8: {error}") from error
+    return [line for line in content.splitlines() if line.strip()]
 
 
 def option_number(row: Mapping[str, Any], key: str, options: Sequence[str], where: str) -> int:
@@ -127,6 +137,6 @@ def with_images(
         return rows, []
     told = f"{len(missing)} of {len(rows)} questions have no image file, the first {missing[0][key]}: {missing[0][image]}"
     if len(missing) == len(rows) or not source.allow_missing:
-        raise UserError(f"{source.path}: {told}. Check --images, or leave such questions out with --allow-missing.")
+        raise UserError(f"{source.path}: {told}. Check --images, or leave such questions out with --allow_missing.")
     gone = set(map(id, missing))
     return [row for row in rows if id(row) not in gone], [f"Left out: {told}."]
