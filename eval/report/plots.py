@@ -26,7 +26,7 @@ def category_figures(comparison: dict[str, Any]) -> list[dict[str, Any]]:
 
     Where several tasks were compared, the first has their overall rows side by side (`task` is then "").
     """
-    names = comparison["name_a"], comparison["name_b"]
+    names = _short(comparison["name_a"]), _short(comparison["name_b"])
     primary = [row for row in comparison["rows"] if row["primary"] and row["difference"] is not None]
     overall = [row | {"name": task_label(row["task"])} for row in primary if row["level"] == "overall"]
     views: list[tuple[str, str, str, list[dict[str, Any]]]] = []
@@ -111,7 +111,7 @@ def bars(rows: Sequence[dict[str, Any]], name_a: str, name_b: str) -> Figure:
 
 def loss_figures(training: dict[str, list[dict[str, Any]]], name_a: str, name_b: str) -> list[dict[str, Any]]:
     """Both sides' loss over the steps, `{"label", "figure"}` a stage that either side has."""
-    names, dashes = {"a": name_a, "b": name_b}, {"a": "solid", "b": "dash"}
+    names, dashes = {"a": _short(name_a), "b": _short(name_b)}, {"a": "solid", "b": "dash"}
     stages = list(dict.fromkeys(run["stage"] for side in ("a", "b") for run in training[side]))
     figures = []
     for stage in stages:
@@ -159,8 +159,11 @@ def _layout(labels: Sequence[str], lines: int, title: str, row_height: int = 30)
             "zeroline": False,
         },
         "yaxis": {
+            "type": "category",
             "categoryorder": "array",
             "categoryarray": list(reversed(labels)),
+            "tickmode": "array",  # every label, however little room there is
+            "tickvals": list(labels),
             "range": [-0.6, len(labels) - 0.4],
             "automargin": True,
             "tickfont": {"size": 12},
@@ -169,6 +172,10 @@ def _layout(labels: Sequence[str], lines: int, title: str, row_height: int = 30)
         },
         "legend": _LEGEND | {"traceorder": "normal"},
     }
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LABEL_WIDTH else f"{name[: LABEL_WIDTH - 1]}…"
 
 
 def _label(text: str) -> str:

@@ -49,7 +49,7 @@ const drawn = new Map();
 function draw(id, figure, width) {
   drawn.set(id, figure);
   const { data, layout } = coloured(figure);
-  Plotly.react($(id), data, width ? { ...layout, width } : layout, { displayModeBar: false, responsive: !width });
+  Plotly.newPlot($(id), data, width ? { ...layout, width } : layout, { displayModeBar: false, responsive: !width });
 }
 
 function drawAll(width) {
@@ -287,6 +287,7 @@ function step(by) {
 }
 
 function closed() {
+  $("viewed").replaceChildren();
   while (cardsShown <= current) showMore();
   const opened = $("cards").children[current];
   if (opened) opened.querySelector("button").focus();

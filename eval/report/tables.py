@@ -74,7 +74,7 @@ def headline(comparison: dict[str, Any]) -> str:
         "points"
     )
     if row["interval"] is None:
-        return f"{text}; so few questions say nothing about others like them."
+        return f"{text}, without an interval: one group of questions, or all alike, says nothing about others."
     text += f" (95 % interval {interval_text(row['interval'])}"
     text += f"; p {p_text(p_of(row))})" if p_of(row) is not None else ")"
     if row["ahead"] == "neither":

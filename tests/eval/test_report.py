@@ -69,7 +69,7 @@ def _measure_encoder(folder: Path, name: str) -> None:
     for kind in ("add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj"):
         write_json(folder / "items" / f"{kind}.json", items)
     data = HardNegativeData(path=folder / "items", images=images)
-    settings = EncoderSettings(model=Path(name), tasks="sugarcrepe", out=folder / name, sugarcrepe=data)
+    settings = EncoderSettings(encoder=Path(name), tasks="sugarcrepe", out=folder / name, sugarcrepe=data)
     tasks = chosen_tasks(settings.tasks)
     found = {each: task.read(getattr(settings, task.settings), False) for each, task in tasks.items()}
     evaluate(ToyEncoder(name), settings, tasks, found, folder / name)  # type: ignore[arg-type]
