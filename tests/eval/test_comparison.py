@@ -23,7 +23,6 @@ from eval.comparison.statistics import (
     adjusted,
     detectable_difference,
     exact_power,
-    holm,
     paired_result,
     sign_flip_p_value,
 )
@@ -104,7 +103,7 @@ def test_sign_flip_by_hand() -> None:
 
 
 def test_adjustments_by_hand() -> None:
-    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert adjusted([0.04, 0.01, 0.03], "holm") == pytest.approx([0.06, 0.03, 0.06])
     assert adjusted([0.04, None, 0.01, 0.03], "bh") == [pytest.approx(0.04), None, pytest.approx(0.03), pytest.approx(0.04)]
     assert adjusted([None], "holm") == [None]
     drawn = np.random.default_rng(0).random(50) ** 3
