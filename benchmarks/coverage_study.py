@@ -38,6 +38,16 @@ def study_clusters(
     return _shares(results, difference)
 
 
+def study_alike(units: int, discordance: float, repeats: int, resamples: int, seed: int = 0) -> dict[str, float]:
+    """Two models of one accuracy that answer alike but on a share of the questions: the hardest case for a bootstrap."""
+    rng, results = np.random.default_rng(seed), []
+    for _ in range(repeats):
+        side_U = rng.choice([1.0, -1.0, 0.0], units, p=[discordance / 2, discordance / 2, 1 - discordance])
+        a, b = [_accuracy(side_U > 0)], [_accuracy(side_U < 0)]
+        results.append(paired_result(a, b, np.arange(units), resamples, int(rng.integers(1 << 31))))
+    return _shares(results, 0.0)
+
+
 def study_f1(clusters: int, size: int, difference: float, repeats: int, resamples: int, seed: int = 0) -> dict[str, float]:
     """F1 of the answer yes on images with `size` questions, half of them true; `difference` is that of the F1 scores."""
     rng, results = np.random.default_rng(seed), []
@@ -118,6 +128,10 @@ def main() -> None:
         for difference in (0.0, 0.05, 0.2):
             values = study_clusters(clusters, size, difference, repeats, resamples)
             found.append({"study": f"accuracy, {clusters} clusters of {size}", "difference": difference} | values)
+    for units in (20, 50, 200):
+        for discordance in (0.02, 0.05, 0.1):
+            values = study_alike(units, discordance, repeats, resamples)
+            found.append({"study": f"{units} units, {discordance:.0%} discordant", "difference": 0.0} | values)
     for clusters, size, difference in ((50, 6, 0.0), (50, 6, 0.05), (200, 6, 0.0), (200, 6, 0.05)):
         values = study_f1(clusters, size, difference, repeats, resamples)
         found.append({"study": f"F1, {clusters} clusters of {size}", "difference": difference} | values)

@@ -14,7 +14,7 @@ COMMANDS = {
     "stock": Command(settings.StockSettings, "eval.lmm.stock:stock", positional=True),
     "score": Command(settings.ScoreSettings, "eval.answers.score:score", positional=True),
     "compare": Command(settings.CompareSettings, "eval.comparison.command:compare", positional=True),
-    "report": Command(settings.ReportSettings, "eval.report:report", positional=True),
+    "report": Command(settings.ReportSettings, "eval.report.command:report", positional=True),
     "cost": Command(settings.CostSettings, "eval.cost.command:cost"),
     "text": Command(settings.TextSettings, "eval.text.analysis:text", positional=True),
 }

@@ -30,6 +30,19 @@ def compare_encoders(settings: CompareSettings) -> dict[str, Any]:
     """
     out = given(settings.out, "out")
     check_output_folder(out, "comparison.json")
+    comparison = encoder_comparison(settings)
+    with atomic_folder(out) as work:
+        write_json(work / "comparison.json", comparison)
+        write_csv(work / "comparison.csv", comparison["rows"])
+    print(comparison_table(comparison))
+    if left := comparison["only_one_has"]:
+        print(f"Only one of the two has {', '.join(left)}.")
+    print(f"{out}: comparison.json, comparison.csv")
+    return comparison
+
+
+def encoder_comparison(settings: CompareSettings) -> dict[str, Any]:
+    """What `comparison.json` holds. Raises UserError as `compare_encoders` does."""
     results_a, results_b = (read_results(run) for run in (settings.run_a, settings.run_b))
     tasks = _common_tasks(settings, results_a, results_b)
     table_a, table_b = _records(settings.run_a, results_a), _records(settings.run_b, results_b)
@@ -38,7 +51,7 @@ def compare_encoders(settings: CompareSettings) -> dict[str, Any]:
         for task in tasks
         for row in compare_task(task, results_a["metrics"], (table_a[task], table_b[task]), settings.resamples, settings.seed)
     ]
-    comparison = {
+    return {
         "kind": "encoders",
         "name_a": settings.name_a,
         "name_b": settings.name_b,
@@ -50,15 +63,8 @@ def compare_encoders(settings: CompareSettings) -> dict[str, Any]:
             for side, run, results in (("a", settings.run_a, results_a), ("b", settings.run_b, results_b))
         },
         "data_hash": {task: results_a["data_hash"][task] for task in tasks},
+        "only_one_has": sorted(results_a["data_hash"].keys() ^ results_b["data_hash"].keys()),
     }
-    with atomic_folder(out) as work:
-        write_json(work / "comparison.json", comparison)
-        write_csv(work / "comparison.csv", rows)
-    print(comparison_table(comparison))
-    if left := sorted(results_a["data_hash"].keys() ^ results_b["data_hash"].keys()):
-        print(f"Only one of the two has {', '.join(left)}.")
-    print(f"{out}: comparison.json, comparison.csv")
-    return comparison
 
 
 def compare_task(

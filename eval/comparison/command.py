@@ -43,11 +43,25 @@ def compare(settings: CompareSettings) -> None:
             f"{' and '.join(map(str, runs))}: expected folders of lift-eval encoder only, or runs of lift-eval lmm only, "
             "found one of each."
         )
-    _compare_lmms(settings, given(settings.out, "out"))
-
-
-def _compare_lmms(settings: CompareSettings, out: Path) -> None:
+    out = given(settings.out, "out")
     check_output_folder(out, "comparison.json")
+    comparison, flips, notes = compare_answers(settings)
+    with atomic_folder(out) as work:
+        write_json(work / "comparison.json", comparison)
+        write_csv(work / "comparison.csv", [{k: v for k, v in row.items() if k != "seeds"} for row in comparison["rows"]])
+        write_jsonl(work / "flips.jsonl", flips)
+    print(comparison_table(comparison))
+    for note in notes:
+        print(note)
+    print(f"{out}: comparison.json, comparison.csv, flips.jsonl ({len(flips)} flips)")
+
+
+def compare_answers(settings: CompareSettings) -> tuple[dict[str, Any], list[dict[str, Any]], list[str]]:
+    """The comparison of LMM runs or answer files, the flips, and what a reader must know of either.
+
+    Raises:
+        UserError: a side cannot be read, or the runs are of different questions, or have no task in common.
+    """
     sides = [
         [(path, read_answers(path, settings.format, settings.task, settings.questions)) for path in paths]
         for paths in ([settings.run_a, *settings.more_a], [settings.run_b, *settings.more_b])
@@ -61,14 +75,7 @@ def _compare_lmms(settings: CompareSettings, out: Path) -> None:
     comparison["runs"] = {"a": summaries[0][0], "b": summaries[1][0]}
     compared = set(found["tasks"])
     flips = find_flips(*([record for record in runs[0][1] if record.task in compared] for runs in (runs_a, runs_b)))
-    with atomic_folder(out) as work:
-        write_json(work / "comparison.json", comparison)
-        write_csv(work / "comparison.csv", [{k: v for k, v in row.items() if k != "seeds"} for row in found["rows"]])
-        write_jsonl(work / "flips.jsonl", flips)
-    print(comparison_table(comparison))
-    for note in _notes(comparison, sides):
-        print(note)
-    print(f"{out}: comparison.json, comparison.csv, flips.jsonl ({len(flips)} flips)")
+    return comparison, flips, _notes(comparison, sides)
 
 
 def _summary(path: Path, answers: Answers) -> dict[str, Any]:

@@ -8,7 +8,9 @@ from dataclasses import replace
 from eval.records import Record
 from lift.common.errors import UserError
 
-HINT = "Run both on the same data."
+HINT = "Run both on the same data; answer files get questions and categories with --questions."
+ASKED = ("question", "options", "answer", "rotation", "categories")
+"""What `Record.text_hash` is of, and the pass."""
 
 
 def by_task(records: Sequence[Record]) -> dict[str, list[Record]]:
@@ -37,12 +39,8 @@ def same_questions(records_a: Sequence[Record], records_b: Sequence[Record], nam
     for key, a in of_a.items():
         b = of_b[key]
         regrouped = a.group != b.group and bool(a.images) == bool(b.images)
-        if a.text_hash != b.text_hash or a.rotation != b.rotation or regrouped:
-            name = next(
-                name
-                for name in ("question", "options", "answer", "rotation", "categories", "group")
-                if getattr(a, name) != getattr(b, name) or name == "group"
-            )
+        if any(getattr(a, name) != getattr(b, name) for name in ASKED) or regrouped:
+            name = next(name for name in (*ASKED, "group") if getattr(a, name) != getattr(b, name) or name == "group")
             raise UserError(
                 f"{where}: {a.task} {key} has another {name}: {getattr(a, name)!r} and {getattr(b, name)!r}. {HINT}"
             )

@@ -64,7 +64,7 @@ def compare_runs(
             "measures": {measure.name: measure.meaning for measure in measures},
             "excluded": excluded(first),
         }
-    bootstrap = {"resamples": resamples, "seed": seed, "interval": "95 % percentile"}
+    bootstrap = {"resamples": resamples, "seed": seed, "interval": "95 % percentile, expanded for few clusters"}
     seeds = None if len(names) == 2 else seeds_statement(len(runs_a), len(runs_b))
     return {"rows": rows, "tasks": tasks, "bootstrap": bootstrap, "adjustment": adjust, "seeds": seeds}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -45,7 +45,9 @@ def measures_of(task: str, records: Sequence[Record]) -> tuple[Measure, ...]:
         measures = {"mme": MME, "pope": POPE}.get(task, ACCURACY)
         if measures is MME and set(Counter(record.group for record in records).values()) != {2}:
             measures = ACCURACY  # the others are of images with both their questions
-    return (*measures, LIKELIHOOD) if all(record.likelihood for record in records) else measures
+    if not all(record.likelihood for record in records):
+        return measures
+    return (*measures, CIRCULAR_LIKELIHOOD if measures is CIRCULAR else LIKELIHOOD)
 
 
 def _rows(records: Sequence[Record], top: Sequence[float], bottom: Sequence[float] | None = None) -> Units:
@@ -59,7 +61,15 @@ def _accuracy(records: Sequence[Record]) -> Units:
 
 
 def _likelihood(records: Sequence[Record]) -> Units:
-    return _rows(records, [record.likelihood.score if record.likelihood else 0.0 for record in records])
+    return _accuracy(_by_likelihood(records))
+
+
+def _all_likely(records: Sequence[Record]) -> Units:
+    return _all_right(_by_likelihood(records))
+
+
+def _by_likelihood(records: Sequence[Record]) -> list[Record]:
+    return [replace(record, score=record.likelihood.score if record.likelihood else 0.0) for record in records]
 
 
 def _all_right(records: Sequence[Record]) -> Units:
@@ -149,3 +159,6 @@ POPE = (
     Measure("yes_ratio", "share of the rows answered yes", _yes_ratio, discordant=False),
 )
 LIKELIHOOD = Measure("likelihood", "share of the rows whose most probable option letter is right", _likelihood)
+CIRCULAR_LIKELIHOOD = Measure(
+    "likelihood", "share of the questions whose most probable option letter is right in every rotation", _all_likely
+)

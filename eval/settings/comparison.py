@@ -68,23 +68,36 @@ class CompareSettings:
 
 
 @dataclass
-class ReportSettings:
-    """Writes a comparison as one HTML page that needs no network."""
+class ReportSettings(CompareSettings):
+    """Compares two LMMs as `lift-eval compare` does, and shows it as one HTML page that needs no network."""
 
-    comparison: Path
-    """Folder written by `lift-eval compare`."""
-    out: Path = Path("report.html")
-    """HTML file to write."""
+    out: Path | None = Path("report.html")
+    """HTML file to write; `.json` and `.csv` of the same name hold the numbers."""
     encoder_a: Path | None = None
     """Folder written by `lift-eval encoder` for the encoder of run A."""
     encoder_b: Path | None = None
     """The same for run B."""
+    training_a: list[Path] = field(default_factory=list)
+    """Run folders of `lift pretrain`, `lmm train` or `lmm finetune` that made model A, for its loss curves and cost."""
+    training_b: list[Path] = field(default_factory=list)
+    """The same for the baseline."""
     stages: Path | None = None
     """JSON list of {"stage", "seconds", "peak_gb", "reused"} to show what the chain took."""
-    flips: int = 6
-    """Questions shown that one model gets and the other misses."""
+    flips: int | Literal["all"] = "all"
+    """Questions that one model gets and the other misses on the page, spread over categories and directions; or `all`."""
+    max_megabytes: float = 30.0
+    """Largest HTML file. Flips that do not fit are left out, which the page says."""
+    print_cards: int = 12
+    """Flips in print."""
 
     def __post_init__(self) -> None:
-        at_least(self.flips, 0, "flips")
+        super().__post_init__()
+        if self.flips != "all":
+            at_least(self.flips, 0, "flips")
+        at_least(self.print_cards, 0, "print_cards")
+        if self.max_megabytes <= 0:
+            raise ValueError(f"--max_megabytes: expected more than 0, found {self.max_megabytes}.")
+        if given(self.out, "out").suffix != ".html":
+            raise ValueError(f"--out: expected a file that ends in .html, found {self.out}.")
         if (self.encoder_a is None) != (self.encoder_b is None):
             raise ValueError("--encoder_a and --encoder_b: give both or neither.")

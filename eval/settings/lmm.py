@@ -30,7 +30,7 @@ class DataSettings:
     source: Path
     """Published file or folder, as docs/lmm_tasks.md lists them; for MMBench its TSV with base64 images."""
     task: LmmTaskName | None = None
-    """Benchmark that `source` is of; a .tsv is taken for `mmbench` when nothing else is said."""
+    """Benchmark that `source` is of; a .tsv or .xlsx is taken for `mmbench` when nothing else is said."""
     out: Path | None = None
     """Folder for the data of any number of benchmarks, each added by its own call; `lift-eval lmm --data` takes it."""
     images: Path | None = None

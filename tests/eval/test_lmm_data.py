@@ -163,7 +163,7 @@ def test_questions_without_an_image_are_left_out_when_asked_and_counted(
     told = capsys.readouterr().out
     assert "Left out: 3 of 9 questions have no image file, the first random/3" in told and "6 rows" in told
     (folder / "val2014" / "COCO_val2014_000000310196.jpg").unlink()
-    assert main([*command, "--allow-missing"]) == 2  # nothing would be left
+    assert main([*command, "--allow_missing"]) == 2  # nothing would be left
     assert "9 of 9 questions" in capsys.readouterr().err
 
 
@@ -190,6 +190,11 @@ def test_mme_without_a_subtask_only_when_asked(tmp_path: Path) -> None:
     assert LMM_TASKS["mme"].read(Source(folder, allow_missing=True)).left_out == [
         "Left out: the subtasks OCR, which have no folder."
     ]
+
+
+def test_mme_one_folder_deeper(tmp_path: Path) -> None:
+    lmm_layouts.mme(tmp_path / "MME_Benchmark_release_version" / "MME_Benchmark")
+    assert LMM_TASKS["mme"].convert(tmp_path, tmp_path / "data") == 28
 
 
 def test_images_may_lie_elsewhere(tmp_path: Path) -> None:
@@ -270,7 +275,7 @@ def test_the_task_is_named_or_clear(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_real_pope_questions_and_real_mmbench_rows(shared: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, out = shared / "data", str(tmp_path / "data")
     photos = str(data / "coco_sugar_crepe")
-    command = ["data", str(data / "pope"), "--task", "pope", "--images", photos, "--allow-missing", "--out", out]
+    command = ["data", str(data / "pope"), "--task", "pope", "--images", photos, "--allow_missing", "--out", out]
     assert main(command) == 0
     assert "Left out: 8874 of 8910 questions have no image file" in capsys.readouterr().out
     (file,) = (tmp_path / "data").rglob("*.parquet")

@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 
 from eval.__main__ import main
-from eval.mmbench import TAXONOMY, parse_answer, record, score_records
-from eval.mmbench_data import read_questions, task_source
+from eval.lmm.tasks.dataset import task_source
+from eval.lmm.tasks.mmbench import read_questions
+from eval.mmbench import TAXONOMY, parse_answer
 from lift.common.errors import UserError
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "mmbench"
@@ -40,26 +41,6 @@ OPTIONS = {"A": "red cube", "B": "blue sphere", "C": "green cone"}
 )
 def test_parse_answer(response: str, letter: str | None) -> None:
     assert parse_answer(response, OPTIONS) == letter
-
-
-def _row(index: int, answer: str, category: str = "ocr", l2: str = "finegrained_perception (instance-level)") -> dict:
-    fields = {"index": index, "question": "?", "options": OPTIONS, "answer": answer, "category": category}
-    return fields | {"l2_category": l2, "image_sha256": "0"}
-
-
-def test_circular_needs_every_rotation_and_unparsed_is_wrong() -> None:
-    records = [
-        record(_row(1, "A"), "A", "t"),
-        record(_row(1_000_001, "B"), "B", "t"),
-        record(_row(2, "A"), "A", "t"),
-        record(_row(1_000_002, "B"), "no idea", "t"),
-        record(_row(3, "C", "future_prediction", "logic_reasoning"), "B", "t"),
-    ]
-    scores = score_records(records)
-    assert scores["overall"] == {"groups": 3, "rows": 5, "circular": 1 / 3, "vanilla": 2 / 3, "parse_failure_rate": 1 / 5}
-    assert scores["l1"]["perception"]["circular"] == 1 / 2 and scores["l1"]["reasoning"]["circular"] == 0
-    assert list(scores["l3"]) == ["future_prediction", "ocr"]
-    assert records[3]["prediction"] is None and not records[3]["correct"]
 
 
 def test_taxonomy_has_the_names_of_the_real_sample() -> None:
@@ -126,7 +107,7 @@ def test_data_folder_is_what_datasets_loads(mmbench: SimpleNamespace, tmp_path: 
     import pyarrow.parquet
 
     assert main(["data", str(questions_tsv), "--out", str(tmp_path / "data")]) == 0
-    source = task_source()
+    source = task_source("mmbench_en_dev_static")
     assert source.repository == "lmms-lab-encoder/MMBench"
     table = pyarrow.parquet.read_table(next((tmp_path / "data" / source.repository).rglob("*.parquet")))
     rows = table.to_pylist()

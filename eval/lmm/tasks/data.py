@@ -24,6 +24,6 @@ def data(settings: DataSettings) -> None:
 
 
 def _task(settings: DataSettings) -> LmmTask:
-    if settings.task is None and settings.source.suffix != ".tsv":
+    if settings.task is None and settings.source.suffix not in (".tsv", ".xlsx"):
         raise UserError(f"{settings.source}: --task is required: the benchmark this is of, one of {', '.join(LMM_TASKS)}.")
     return LMM_TASKS[settings.task or "mmbench"]

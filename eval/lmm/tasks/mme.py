@@ -68,14 +68,15 @@ def read(lmms_task: str, source: Source) -> Published:
     if source.images is not None:
         raise UserError("--images: MME's images lie beside its questions; give the folder of both as the source only.")
     folder = require_folder(source.path, "the folder MME_Benchmark_release_version")
-    inner = [each for each in (folder, folder / "MME_Benchmark_release_version", folder / "MME_Benchmark") if _subtasks(each)]
+    places = ("", "MME_Benchmark", "MME_Benchmark_release_version", "MME_Benchmark_release_version/MME_Benchmark")
+    inner = [folder / place for place in places if _subtasks(folder / place)]
     if not inner:
         raise UserError(f"{folder}: expected MME's folders ({', '.join(_TYPE_OF_SUBTASK)}), found none of them.")
     absent = [name for name in _TYPE_OF_SUBTASK if name not in _subtasks(inner[0])]
     if absent and not source.allow_missing:
         raise UserError(
             f"{inner[0]}: expected a folder for each of MME's 14 subtasks, found none for {', '.join(absent)}. "
-            f"Add them, or evaluate without them with --allow-missing."
+            f"Add them, or evaluate without them with --allow_missing."
         )
     rows = [row for name in _subtasks(inner[0]) for row in _rows(inner[0] / name)]
     rows, left_out = with_images(rows, "question_id", source)
