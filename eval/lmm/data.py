@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from eval.lmm.tasks import LMM_TASKS, LmmTask, task_source
+from eval.lmm.tasks.dataset import lmms_eval_folder
 from lift.common.errors import UserError
 from lift.common.files import require_file, sha256_file, sha256_text
 from lift.common.settings import nearest
@@ -22,8 +23,9 @@ def chosen_tasks(tasks: str | None, data: Path | None) -> list[LmmTask]:
     """The tasks named, each once, whose data is there; `mmbench` where only an MMBench file is given.
 
     Raises:
-        UserError: an unknown name, data that is missing, or neither data nor a network.
+        UserError: lmms-eval is not installed, an unknown name, data that is missing, or neither data nor a network.
     """
+    lmms_eval_folder()
     is_file = data is not None and data.suffix in MMBENCH_FILES
     if tasks is None and not is_file:
         raise UserError(f"--tasks is required: names separated by commas, of {', '.join(LMM_TASKS)}.")

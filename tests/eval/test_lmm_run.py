@@ -213,6 +213,9 @@ def test_refused_before_anything_runs(
     ):
         assert main(["lmm", *arguments]) == 2
         assert message in capsys.readouterr().err and not out.exists()
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(["lmm", *model, "--data", str(bad)]) == 2
+    assert "lmms-eval is not installed" in capsys.readouterr().err and not out.exists()
 
 
 def test_adding_a_language_changes_no_data_hash(questions_tsv: Path, tmp_path: Path) -> None:
