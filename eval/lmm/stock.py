@@ -22,6 +22,10 @@ from lmm.inference import check_is_llava, torch_device
 
 UNTIL = "ASSISTANT:"
 """The stop string of lmms-eval's tasks, which stock `llava_hf` ignores: what follows it is no part of the answer."""
+_RESIZING = (
+    "Stock resizes images with torchvision, this run with PIL as in training: up to one grey level apart, on which a close "
+    "answer may turn. Images that need no resizing are the same for both."
+)
 
 
 def stock(settings: StockSettings) -> None:
@@ -45,7 +49,7 @@ def stock(settings: StockSettings) -> None:
     if different:
         shown = [(task, key, repr(ours), repr(theirs)) for task, key, ours, theirs in different[:10]]
         table = format_table(["task", "row", "this run", "stock"], shown)
-        raise UserError(f"{against}: {len(different)} of {len(rows)} answers differ from stock llava_hf:\n{table}")
+        raise UserError(f"{against}: {len(different)} of {len(rows)} answers differ from stock llava_hf:\n{table}\n{_RESIZING}")
 
 
 def _answerable(settings: StockSettings, against: Path, run: dict[str, Any]) -> dict[str, list[Record]]:
