@@ -35,10 +35,20 @@ from lmm.settings import BuildSettings
 
 SIZES = {"small": {"width": 384, "layers": 8, "vision_layers": 6}, "1b": {"width": 2048, "layers": 18, "vision_layers": 24}}
 VOCABULARY = 8192
+SPECIAL_TOKENS = ["<pad>", "<bos>", "<eos>", "<image>"]
 
 
-def make_model(folder: Path, width: int, layers: int, vision_layers: int) -> Path:
-    """A CLIP tower of 112 px (49 image tokens), a Llama and a byte-level tokenizer, joined by `lmm build`."""
+def wrap_tokenizer(raw: Tokenizer) -> PreTrainedTokenizerFast:
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", additional_special_tokens=["<image>"]
+    )
+
+
+def make_model(
+    folder: Path, width: int, layers: int, vision_layers: int, tokenizer: PreTrainedTokenizerFast | None = None
+) -> Path:
+    """A CLIP tower of 112 px (49 image tokens), a Llama and a tokenizer (of bytes when left out), joined by `lmm build`."""
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
         hidden_size=width, intermediate_size=4 * width, num_hidden_layers=vision_layers, num_attention_heads=width // 64,
@@ -52,13 +62,9 @@ def make_model(folder: Path, width: int, layers: int, vision_layers: int) -> Pat
         num_attention_heads=width // 64, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(text).save_pretrained(folder / "llm")
-    special = ["<pad>", "<bos>", "<eos>", "<image>"]
-    words = special + sorted(pre_tokenizers.ByteLevel.alphabet())
-    raw = Tokenizer(models.BPE({token: number for number, token in enumerate(words)}, merges=[]))
-    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", additional_special_tokens=["<image>"]
-    ).save_pretrained(folder / "llm")
+    words = SPECIAL_TOKENS + sorted(pre_tokenizers.ByteLevel.alphabet())
+    by_bytes = Tokenizer(models.BPE({token: number for number, token in enumerate(words)}, merges=[]))
+    (tokenizer or wrap_tokenizer(by_bytes)).save_pretrained(folder / "llm")
     parts = {"vision_tower": folder / "tower", "llm": folder / "llm", "chat_template": "vicuna_v1"}
     return build(BuildSettings(**parts, out=folder / "llava"))  # type: ignore[arg-type]
 

@@ -5,6 +5,7 @@ Every stage is a command that users run on their own data; it is printed before 
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import subprocess
@@ -127,14 +128,19 @@ def _finetune(name: str, settings: RunSettings) -> Stage:
 def _measure_lmm(name: str, out: Path) -> Stage:
     results = out / f"mmbench_{name}"
     command = ["eval", "lmm", str(out / f"llava_{name}" / "stage2"), "--out", str(results)]
-    command += ["--data", str(out / "world" / "mmbench.tsv"), "--batch_size", "32"]
-    return Stage(f"MMBench of LLaVA on {name.upper()}", command, results / "run.json")
+    command += ["--tasks", "mmbench", "--data", str(out / "world" / "mmbench.tsv"), "--batch_size", "32"]
+    return Stage(f"MMBench of LLaVA on {name.upper()}", command, results / "mmbench" / "records.jsonl")
 
 
 def _compare(out: Path) -> Iterator[Stage]:
-    comparison = out / "comparison"
-    command = ["eval", "compare", str(out / "mmbench_lift"), str(out / "mmbench_clip"), "--out", str(comparison)]
+    comparison, runs = out / "comparison", [str(out / "mmbench_lift"), str(out / "mmbench_clip")]
+    command = ["eval", "compare", *runs, "--out", str(comparison)]
     yield Stage("compare", command, comparison / "comparison.json")
-    command = ["eval", "report", str(comparison), "--out", str(out / "report.html"), "--stages", str(out / "stages.json")]
+    command = ["eval", "report", *runs, "--out", str(out / "report.html"), "--stages", str(out / "stages.json")]
     command += ["--encoder_a", str(out / "encoder_lift"), "--encoder_b", str(out / "encoder_clip")]
+    command += [f"--training_a={json.dumps(_trained('lift', out))}", f"--training_b={json.dumps(_trained('clip', out))}"]
     yield Stage("report", command, out / "report.html")
+
+
+def _trained(name: str, out: Path) -> list[str]:
+    return [str(out / name), str(out / f"llava_{name}")]

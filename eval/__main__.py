@@ -9,12 +9,12 @@ from lift.common.cli import Command, run_command
 
 COMMANDS = {
     "encoder": Command(settings.EncoderSettings, "eval.encoder:encoder", positional=True),
-    "data": Command(settings.DataSettings, "eval.mmbench_data:data", positional=True),
+    "data": Command(settings.DataSettings, "eval.lmm.tasks.data:data", positional=True),
     "lmm": Command(settings.LmmSettings, "eval.lmm.command:lmm", positional=True),
-    "stock": Command(settings.StockSettings, "eval.lmm.command:stock", positional=True),
-    "score": Command(settings.ScoreSettings, "eval.score:score", positional=True),
-    "compare": Command(settings.CompareSettings, "eval.compare:compare", positional=True),
-    "report": Command(settings.ReportSettings, "eval.report:report", positional=True),
+    "stock": Command(settings.StockSettings, "eval.lmm.stock:stock", positional=True),
+    "score": Command(settings.ScoreSettings, "eval.answers.score:score", positional=True),
+    "compare": Command(settings.CompareSettings, "eval.comparison.command:compare", positional=True),
+    "report": Command(settings.ReportSettings, "eval.report.command:report", positional=True),
     "cost": Command(settings.CostSettings, "eval.cost.command:cost"),
     "text": Command(settings.TextSettings, "eval.text.analysis:text", positional=True),
 }

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from scipy.stats import binomtest
 
+from eval.comparison.statistics import Terms, adjusted, paired_result
 from eval.encoder import RECORDS_FILE, RESULTS
 from eval.measures import Measure, Outcomes, outcomes
 from eval.output import format_table, percent, write_csv
-from eval.paired import holm
 from eval.settings import CompareSettings, given
 from lift.common.errors import UserError
 from lift.common.files import atomic_folder, check_output_folder, read_json, require_file, write_json
@@ -31,6 +30,19 @@ def compare_encoders(settings: CompareSettings) -> dict[str, Any]:
     """
     out = given(settings.out, "out")
     check_output_folder(out, "comparison.json")
+    comparison = encoder_comparison(settings)
+    with atomic_folder(out) as work:
+        write_json(work / "comparison.json", comparison)
+        write_csv(work / "comparison.csv", comparison["rows"])
+    print(comparison_table(comparison))
+    if left := comparison["only_one_has"]:
+        print(f"Only one of the two has {', '.join(left)}.")
+    print(f"{out}: comparison.json, comparison.csv")
+    return comparison
+
+
+def encoder_comparison(settings: CompareSettings) -> dict[str, Any]:
+    """What `comparison.json` holds. Raises UserError as `compare_encoders` does."""
     results_a, results_b = (read_results(run) for run in (settings.run_a, settings.run_b))
     tasks = _common_tasks(settings, results_a, results_b)
     table_a, table_b = _records(settings.run_a, results_a), _records(settings.run_b, results_b)
@@ -39,7 +51,7 @@ def compare_encoders(settings: CompareSettings) -> dict[str, Any]:
         for task in tasks
         for row in compare_task(task, results_a["metrics"], (table_a[task], table_b[task]), settings.resamples, settings.seed)
     ]
-    comparison = {
+    return {
         "kind": "encoders",
         "name_a": settings.name_a,
         "name_b": settings.name_b,
@@ -51,15 +63,8 @@ def compare_encoders(settings: CompareSettings) -> dict[str, Any]:
             for side, run, results in (("a", settings.run_a, results_a), ("b", settings.run_b, results_b))
         },
         "data_hash": {task: results_a["data_hash"][task] for task in tasks},
+        "only_one_has": sorted(results_a["data_hash"].keys() ^ results_b["data_hash"].keys()),
     }
-    with atomic_folder(out) as work:
-        write_json(work / "comparison.json", comparison)
-        write_csv(work / "comparison.csv", rows)
-    print(comparison_table(comparison))
-    if left := sorted(results_a["data_hash"].keys() ^ results_b["data_hash"].keys()):
-        print(f"Only one of the two has {', '.join(left)}.")
-    print(f"{out}: comparison.json, comparison.csv")
-    return comparison
 
 
 def compare_task(
@@ -67,9 +72,9 @@ def compare_task(
 ) -> list[dict[str, Any]]:
     """One row a measure. `p_holm` is adjusted within the task, over the measures that have a p-value.
 
-    McNemar's exact test is on items that one encoder has right and the other not; a tie that counts as half is on the side of
-    the encoder that is ahead. It is None for what it does not test, a mean of subtasks and a median rank, and it treats items
-    as independent; the interval draws clusters.
+    The p-value is that of the sign flip over clusters (McNemar's exact test where each item is its own cluster); a tie that
+    counts as half is on the side of the encoder that is ahead. It is None for what it does not test, a mean of subtasks and a
+    median rank. The interval draws clusters.
 
     Raises:
         UserError: the two tables hold other items.
@@ -86,45 +91,37 @@ def compare_task(
         if measure.macro:
             row["p_value"] = None
         rows.append(row | {"p_holm": None})
-    tested = [row for row in rows if row["p_value"] is not None]
-    for row, adjusted in zip(tested, holm([row["p_value"] for row in tested]), strict=True):
-        row["p_holm"] = adjusted
+    for row, p_holm in zip(rows, adjusted([row["p_value"] for row in rows], "holm"), strict=True):
+        row["p_holm"] = p_holm
     return rows
 
 
 def paired_difference(a: Outcomes, b: Outcomes, is_median: bool, resamples: int, seed: int) -> dict[str, Any]:
-    """Values, difference A - B, its percentile bootstrap interval over clusters, discordant items and McNemar's exact p."""
+    """Values, difference A - B, its 95 % bootstrap interval over clusters, discordant items and the p-value over clusters."""
     if is_median:
-        value_a, value_b = float(np.median(a.value_N)), float(np.median(b.value_N))
-        drawn = _median_draws(a, b, min(resamples, 1000), seed)
-        p_value = only_a = only_b = None
-    else:
-        value_a, value_b = a.mean, b.mean
-        drawn = _mean_draws(a.value_N - b.value_N, a, resamples, seed)
-        only_a, only_b = int(np.sum(a.value_N > b.value_N)), int(np.sum(a.value_N < b.value_N))
-        p_value = float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
-    interval = None
-    if a.cluster_N.max() > 0:
-        low, high = np.nanpercentile(drawn, [2.5, 97.5])
-        interval = [float(low), float(high)]
-    row = {"value_a": value_a, "value_b": value_b, "difference": value_a - value_b, "interval": interval}
-    return row | {"only_a": only_a, "only_b": only_b, "p_value": p_value}
+        row = {"value_a": float(np.median(a.value_N)), "value_b": float(np.median(b.value_N))}
+        interval = None
+        if a.cluster_N.max() > 0:
+            interval = [float(end) for end in np.percentile(_median_draws(a, b, min(resamples, 1000), seed), [2.5, 97.5])]
+        row |= {"difference": row["value_a"] - row["value_b"]}
+        return row | {"interval": interval, "only_a": None, "only_b": None, "p_value": None}
+    result = paired_result([_terms(a)], [_terms(b)], a.cluster_N, resamples, seed)
+    return {
+        "value_a": a.mean,
+        "value_b": b.mean,
+        "difference": a.mean - b.mean,
+        "interval": list(result.interval) if result.interval else None,
+        "only_a": int(np.sum(a.value_N > b.value_N)),
+        "only_b": int(np.sum(a.value_N < b.value_N)),
+        "p_value": result.p_value,
+    }
 
 
-def _mean_draws(difference_N: np.ndarray, of: Outcomes, resamples: int, seed: int) -> np.ndarray:
-    """float64 [resamples]: means over the strata that a draw holds, of the mean difference in each."""
-    clusters, strata = int(of.cluster_N.max()) + 1, int(of.stratum_N.max()) + 1
-    sum_CS, count_CS = np.zeros((clusters, strata)), np.zeros((clusters, strata))
-    np.add.at(sum_CS, (of.cluster_N, of.stratum_N), difference_N)
-    np.add.at(count_CS, (of.cluster_N, of.stratum_N), 1)
-    generator, drawn = np.random.default_rng(seed), []
-    size = max(1, (1 << 24) // clusters)
-    for start in range(0, resamples, size):
-        chosen_RC = generator.integers(0, clusters, (min(size, resamples - start), clusters))
-        times_RC = np.stack([np.bincount(chosen_C, minlength=clusters) for chosen_C in chosen_RC]).astype(np.float64)
-        with np.errstate(invalid="ignore"):
-            drawn.append(np.nanmean((times_RC @ sum_CS) / (times_RC @ count_CS), axis=1))
-    return np.concatenate(drawn)
+def _terms(found: Outcomes) -> Terms:
+    """The mean over strata as a sum of ratios."""
+    strata = int(found.stratum_N.max()) + 1
+    bottom_NS = np.eye(strata)[found.stratum_N]
+    return Terms(found.value_N[:, None] * bottom_NS, bottom_NS, 1 / strata)
 
 
 def _median_draws(a: Outcomes, b: Outcomes, resamples: int, seed: int) -> np.ndarray:

@@ -5,6 +5,7 @@ Values are escaped by Jinja2; texts that go into a figure are escaped by the cal
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,14 @@ BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#5F5F5F"
 
 def render(template: str, **values: Any) -> str:
     """The page of `eval/TEMPLATE`, everything in `values` but Markup escaped."""
+    return _environment().get_template(template).render(**values)
+
+
+@cache
+def _environment() -> Environment:
+    """Keeps its compiled templates."""
     loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template(template).render(**values)
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
 
 
 def figure_fragment(figure: go.Figure, first: bool) -> Markup:

@@ -27,7 +27,7 @@ class Likelihood:
     score: float
     """1 when it is the right letter, else 0."""
     log_probabilities: dict[str, float]
-    """Letter -> natural logarithm of the probability that the model says it next, among the letters of the question."""
+    """Letter of the question -> natural logarithm of the probability, in the whole vocabulary, that the model says it next."""
 
 
 @dataclass(frozen=True)

@@ -1,163 +1,147 @@
-"""MMBench runs of a LLaVA folder by lmms-eval (`lift-eval lmm`), and their check against stock `llava_hf` (`lift-eval stock`).
+"""`lift-eval lmm`: lmms-eval's own tasks on a LLaVA folder; a run folder (see `run_folder`) comes out.
 
-A run folder holds `records.jsonl` (one line per question row), `run.json` and lmms-eval's own outputs; it exists only complete.
+Tasks that lmms-eval can score without a judge go through one process; through another the rest, of which it only collects the
+answers. Finished tasks are reused, interrupted ones go on, and another call may add tasks to a run.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import tempfile
+import shlex
+import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.lmm.plugin import clean_answer
+from eval.answers.score import scores_of, scores_table
+from eval.lmm.data import chosen_tasks, data_hash, data_rows, link_data
 from eval.lmm.run import run_lmms_eval
-from eval.mmbench import record, score_records
-from eval.mmbench_data import TASK, read_questions
-from eval.output import format_table, percent
-from eval.score import score_table
-from eval.settings import LmmSettings, StockSettings, given
-from lift.common.errors import UserError
-from lift.common.files import (
-    atomic_folder,
-    check_output_folder,
-    read_json,
-    read_jsonl,
-    require_file,
-    require_folder,
-    sha256_file,
-    sha256_folder,
-    write_json,
-    write_jsonl,
+from eval.lmm.run_folder import (
+    RUN_FILE,
+    check_run_folder,
+    drop_unfinished,
+    earlier_tasks,
+    finish_task,
+    open_unfinished,
+    read_run,
+    read_task_records,
 )
+from eval.lmm.tasks import LmmTask, task_source
+from eval.settings import LmmSettings, given
+from lift.common.files import LOCK_FILE, locked_folder, sha256_folder, write_json
+from lmm.inference import check_is_llava, number_format, torch_device
 
-UNTIL = "ASSISTANT:"
-"""The task's stop string, which stock `llava_hf` ignores."""
-
-_PACKAGES = ("lmms-eval", "transformers", "torch")
+PACKAGES = ("lmms-eval", "transformers", "torch")
+SCRATCH = "scratch.partial"
 
 
 def lmm(settings: LmmSettings) -> None:
-    """Command `lift-eval lmm`. Reuses a finished run of the same model, data, settings and package versions."""
-    data, out = given(settings.data, "data"), given(settings.out, "out")
-    check_output_folder(out, "run.json")
-    run = _identity(settings.folder, data) | {"gen": _generation(settings)}
-    if _is_finished(out, run):
-        print(f"{out}: reused, a finished run of the same model, data and settings.")
-    else:
-        _run(settings, data, out, run)
-        print(f"{out}: finished.")
-    finished = read_json(out / "run.json", "a run")
-    print(score_table(finished["scores"]))
-    print(f"lmms-eval's own static score: {percent(finished['lmms_eval_static']['overall_acc'])} (looser letter rule)")
+    """Command `lift-eval lmm`."""
+    out = given(settings.out, "out")
+    check_is_llava(settings.folder)
+    tasks = chosen_tasks(settings.tasks, settings.data)
+    check_run_folder(out)
+    run = run_identity(settings.folder, settings.device, settings.dtype)
+    wanted = {task.name: _task_identity(task, settings) for task in tasks}
+    with locked_folder(out):
+        shutil.rmtree(out / SCRATCH, ignore_errors=True)
+        finished = earlier_tasks(out, run, wanted)
+        seconds = read_run(out)["seconds"] if finished else 0.0
+        run |= {"command": _command(settings, tasks), "seconds": seconds, "tasks": finished}
+        for task in tasks:
+            if task.name in finished:
+                print(f"{out / task.name}: reused, a finished run of the same model, data and settings.")
+        to_run = [task for task in tasks if task.name not in finished]
+        try:
+            for scored in (True, False):
+                if its_tasks := [task for task in to_run if task.scored_by_lmms == scored]:
+                    _run_process(settings, its_tasks, run, wanted)
+        finally:
+            shutil.rmtree(out / SCRATCH, ignore_errors=True)
+            if not any(path for path in out.iterdir() if path.name != LOCK_FILE):
+                shutil.rmtree(out)  # nothing came of it: the data were faulty
+    for task in tasks:
+        print(f"\n{scores_table(scores_of(task.name, read_task_records(out, task.name)))}")
+        if theirs := run["tasks"][task.name]["lmms_eval"]:
+            print("lmms-eval's own numbers:", ", ".join(f"{name} {value}" for name, value in theirs.items() if "/" not in name))
 
 
-def stock(settings: StockSettings) -> None:
-    """Command `lift-eval stock`: stock `llava_hf`, batch size 1, float32. Raises UserError when a row's answer differs."""
-    data, against = given(settings.data, "data"), given(settings.against, "against")
-    run = read_json(against / "run.json", "a run folder of lift-eval lmm")
-    for key, value in _identity(settings.folder, data).items():
-        if run[key] != value and key.endswith(("hash", "versions")):
-            raise UserError(
-                f"{against}: expected a run with {key} {value}, found {run[key]}. Make it again with lift-eval lmm."
-            )
-    if run["gen"]["dtype"] != "float32":
-        raise UserError(f"{against}: expected a run in float32, found {run['gen']['dtype']}. Make it with --dtype float32.")
-    rows, records = read_questions(data), read_jsonl(against / "records.jsonl", "the run's answers")
-    log = against.with_name(f"{against.name}.stock.log")
-    with tempfile.TemporaryDirectory() as work:
-        result = run_lmms_eval(
-            rows,
-            settings.folder,
-            Path(work),
-            log,
-            model_name="llava_hf",
-            dtype="float32",
-            device=_device(settings.device),
-            batch_size=1,
-            max_new_tokens=run["gen"]["max_new_tokens"],
-            answers_only=True,
-        )
-    log.unlink()
-    # Stock ignores the task's stop string; what follows it is no part of the answer.
-    ours = {row["index"]: row["response"] for row in records}
-    pairs = [
-        (row["index"], ours[row["index"]], clean_answer(theirs, UNTIL))
-        for row, theirs in zip(rows, result.responses, strict=True)
-    ]
-    different = [pair for pair in pairs if pair[1] != pair[2]]
-    print(f"stock llava_hf: {len(pairs) - len(different)} rows equal, {len(different)} different")
-    if different:
-        table = format_table(["index", "this run", "stock"], [(index, repr(a), repr(b)) for index, a, b in different[:10]])
-        raise UserError(f"{against}: {len(different)} of {len(pairs)} answers differ from stock llava_hf:\n{table}")
-
-
-def _run(settings: LmmSettings, data: Path, out: Path, run: dict[str, Any]) -> None:
-    rows = read_questions(data)
-    log = out.with_name(f"{out.name}.log")
-    start = time.monotonic()
-    with atomic_folder(out) as work:
-        result = run_lmms_eval(
-            rows,
-            settings.folder,
-            work,
-            log,
-            dtype=run["gen"]["dtype"],
-            device=run["gen"]["device"],
-            batch_size=settings.batch_size,
-            max_new_tokens=settings.max_new_tokens,
-        )
-        records = [record(row, response, TASK) for row, response in zip(rows, result.responses, strict=True)]
-        write_jsonl(work / "records.jsonl", records)
-        run |= {"seconds": round(time.monotonic() - start, 1), "command": result.command, "rows": len(records)}
-        run |= {"scores": score_records(records), "lmms_eval_static": result.static_score}
-        log.replace(work / "lmms_eval" / "log.txt")
-        write_json(work / "run.json", run)
-
-
-def _identity(folder: Path, data: Path) -> dict[str, Any]:
-    require_folder(folder, "a LLaVA folder")
-    require_file(folder / "config.json", "the configuration of a LLaVA folder")
-    model_type = read_json(folder / "config.json", "the configuration of a LLaVA folder").get("model_type")
-    if model_type != "llava":
-        raise UserError(
-            f"{folder}/config.json: expected model_type 'llava', found '{model_type}'. Give the folder that lmm train wrote."
-        )
+def run_identity(folder: Path, device: str, dtype: str) -> dict[str, Any]:
+    """What a run's tasks have in common. Raises UserError for a device that this machine lacks."""
+    on = torch_device(device)
     return {
         "model": str(folder.resolve()),
         "model_hash": sha256_folder(folder),
-        "data": str(data.resolve()),
-        "data_hash": sha256_file(require_file(data, "an MMBench TSV")),
-        "task": TASK,
-        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        # a run may move to another GPU of the machine, but what a GPU answers is not what a CPU answers
+        "gen": {"greedy": True, "dtype": number_format(dtype, on), "device": on.type},
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
 
 
-def _generation(settings: LmmSettings) -> dict[str, Any]:
-    device = _device(settings.device)
-    dtype = "float32" if settings.dtype == "auto" and device == "cpu" else settings.dtype
+def _task_identity(task: LmmTask, settings: LmmSettings) -> dict[str, Any]:
+    # Batch size is no part of it: after running out of memory, a run goes on in smaller batches.
+    data = f"hub: {task_source(task.lmms_task).repository}" if settings.data is None else str(settings.data.resolve())
     return {
-        "max_new_tokens": settings.max_new_tokens,
-        "batch_size": settings.batch_size,
-        "dtype": dtype,
-        "device": device,
-        "greedy": True,
+        "lmms_task": task.lmms_task,
+        "data": data,
+        "data_hash": data_hash(settings.data, task),
+        "max_new_tokens": settings.max_new_tokens or task.max_new_tokens,
+        "likelihood": settings.likelihood,
     }
 
 
-def _device(name: str) -> str:
-    import torch
+def _run_process(
+    settings: LmmSettings, tasks: Sequence[LmmTask], run: dict[str, Any], wanted: dict[str, dict[str, Any]]
+) -> None:
+    """Answers `tasks` in one lmms-eval process and finishes each; `run` and `run.json` then name them."""
+    out, start = given(settings.out, "out"), time.monotonic()
+    work, outputs, log = out / SCRATCH, out / SCRATCH / "outputs", out / "lmms_eval.log"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir()
+    data = link_data(settings.data, tasks, work)
+    job = {}
+    for task in tasks:
+        identity = {key: run[key] for key in ("model_hash", "gen", "versions")} | wanted[task.name]
+        del identity["data"]  # where it is does not matter
+        folder = open_unfinished(out, task.name, identity)
+        entry = {"name": task.name, "folder": str(folder.resolve()), "likelihood": settings.likelihood}
+        job[task.lmms_task] = entry | {"max_new_tokens": wanted[task.name]["max_new_tokens"]}
+    write_json(work / "job.json", job)
+    command = run_lmms_eval(
+        list(job),
+        settings.folder,
+        work,
+        outputs,
+        log,
+        dtype=run["gen"]["dtype"],
+        device=str(torch_device(settings.device)),
+        batch_size=settings.batch_size,
+        from_hub=data is None,
+        model_args={"job": "job.json"},
+        answers_only=not tasks[0].scored_by_lmms,
+    )
+    # What is replaced goes first, all of it: no task of an earlier run may stand beside those of this one.
+    if (out / RUN_FILE).is_file():
+        write_json(out / RUN_FILE, run)
+    for name in wanted.keys() - run["tasks"].keys():
+        shutil.rmtree(out / name, ignore_errors=True)
+    for task in tasks:
+        rows = None if data is None else data_rows(data, task)
+        entry, _ = finish_task(out, task, outputs, log, rows)
+        run["tasks"][task.name] = wanted[task.name] | {"batch_size": settings.batch_size, "command": command} | entry
+    run["seconds"] = round(run["seconds"] + time.monotonic() - start, 1)
+    write_json(out / RUN_FILE, run)
+    log.unlink()
+    for task in tasks:
+        drop_unfinished(out, task.name)
+        print(f"{out / task.name}: finished, {run['tasks'][task.name]['rows']} rows.")
 
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: this machine has no CUDA device that torch can use. Give --device cpu.")
-    return name
 
-
-def _is_finished(out: Path, run: dict[str, Any]) -> bool:
-    if not (out / "run.json").is_file():
-        return False
-    earlier = read_json(out / "run.json", "a run")
-    return all(earlier.get(key) == run[key] for key in ("model_hash", "data_hash", "task", "gen", "versions"))
+def _command(settings: LmmSettings, tasks: Sequence[LmmTask]) -> str:
+    parts = ["lift-eval", "lmm", str(settings.folder), "--tasks", ",".join(task.name for task in tasks)]
+    parts += [] if settings.data is None else ["--data", str(settings.data)]
+    parts += ["--out", str(settings.out), "--dtype", settings.dtype, "--device", settings.device]
+    parts += ["--batch_size", str(settings.batch_size), "--likelihood", str(settings.likelihood).lower()]
+    parts += [] if settings.max_new_tokens is None else ["--max_new_tokens", str(settings.max_new_tokens)]
+    return shlex.join(parts)

@@ -1,7 +1,7 @@
-"""Runs lmms-eval's own command line on one model and one MMBench file; checked answers and lmms-eval's own score come out.
+"""Runs lmms-eval's own command line on one model and some of its tasks; its output files and a log are what comes out.
 
-lmms-eval is quiet about failure (its exit status is 0, stock models turn errors into empty answers), so nothing is taken for
-done before every row's answer has been read back and matched with its question.
+lmms-eval is quiet about failure (its exit status is 0, stock models turn errors into empty answers), so a caller takes nothing
+for done before it has found every row's answer.
 """
 
 from __future__ import annotations
@@ -9,84 +9,95 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from eval.lmm.plugin import MODEL_NAME, PROGRESS
-from eval.mmbench_data import TASK, task_source, write_dataset
 from lift.common.errors import UserError
-from lift.common.files import read_json, read_jsonl
+from lift.common.files import read_jsonl
 
 _OF_A_LAUNCHER = re.compile(r"RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|ACCELERATE_\w+")
 _ERROR_LINE = re.compile(r"^\S*(Error|Exception|Interrupt)\b.*")
 _SILENT_FAILURE = re.compile(r"Error (.*) in generating")
 
 
-@dataclass(frozen=True)
-class LmmsResult:
-    responses: list[str]
-    """One raw answer per question row, in their order."""
-    static_score: dict[str, Any] | None
-    """lmms-eval's own score, by its looser letter rule: `overall_acc`, `category_acc`, `l2_category_acc` as fractions."""
-    command: str
-
-
 def run_lmms_eval(
-    rows: list[dict[str, Any]],
+    lmms_tasks: Sequence[str],
     model: Path,
     work: Path,
+    outputs: Path,
     log: Path,
     *,
-    model_name: str = MODEL_NAME,
     dtype: str,
     device: str,
     batch_size: int,
-    max_new_tokens: int,
+    from_hub: bool,
+    model_name: str = MODEL_NAME,
+    model_args: Mapping[str, str] | None = None,
+    max_new_tokens: int | None = None,
     answers_only: bool = False,
-) -> LmmsResult:
-    """Answers `rows` (see `mmbench_data.read_questions`) with the LLaVA folder `model`.
+) -> str:
+    """Answers lmms-eval's tasks with the LLaVA folder `model`; returns the command that was run.
 
     Args:
-        work: existing folder; `work/lmms_eval` will hold lmms-eval's outputs.
+        work: existing folder in which the process runs; offline it holds the data sets (see `eval.lmm.data.link_data`).
+        outputs: folder for lmms-eval's outputs.
         log: file for everything lmms-eval prints; it outlives a failed run.
         dtype: `auto`, `float32` or `bfloat16`; device: `cpu`, `cuda`, ...
-        answers_only: leave out lmms-eval's scoring, which fails on answers with control characters.
+        from_hub: the data sets may come from the hub and the user's own cache.
+        max_new_tokens: of every task, in place of the task's own.
+        answers_only: leave out lmms-eval's scoring.
     Raises:
-        UserError: lmms-eval failed, or left a row without an answer.
+        UserError: lmms-eval failed, or its model failed on a question and went on.
     """
-    scratch, outputs = work / "scratch", work / "lmms_eval"
-    scratch.mkdir()
-    write_dataset(rows, scratch, task_source())
     # A link with a plain name: lmms-eval splits model_args at commas, and a path may hold one.
-    (scratch / "model").symlink_to(model.resolve(), target_is_directory=True)
-    model_args = f"pretrained=model,dtype={dtype}" + ("" if model_name == MODEL_NAME else f",device_map={device}")
-    command = [sys.executable, "-m", "lmms_eval", "--model", model_name, "--model_args", model_args, "--tasks", TASK]
-    command += ["--batch_size", str(batch_size), "--device", device, "--gen_kwargs", f"max_new_tokens={max_new_tokens}"]
+    if not (work / "model").is_symlink():
+        (work / "model").symlink_to(model.resolve(), target_is_directory=True)
+    args = {"pretrained": "model", "dtype": dtype} | ({} if model_name == MODEL_NAME else {"device_map": device})
+    args |= model_args or {}
+    command = [sys.executable, "-m", "lmms_eval", "--model", model_name, "--tasks", ",".join(lmms_tasks)]
+    command += ["--model_args", ",".join(f"{key}={value}" for key, value in args.items())]
+    command += ["--batch_size", str(batch_size), "--device", device]
+    command += [] if max_new_tokens is None else ["--gen_kwargs", f"max_new_tokens={max_new_tokens}"]
     # DEBUG is the only level at which lmms-eval lets an error end the process with a traceback and a failing status.
     command += ["--output_path", str(outputs.resolve()), "--log_samples", "--verbosity", "DEBUG"]
     command += ["--predict_only"] if answers_only else []
-    _run(command, scratch, log)
-    score = None if answers_only else read_json(outputs / "submissions" / f"{TASK}_results.json", "lmms-eval's static score")
-    result = LmmsResult(_read_responses(outputs, rows, log), score, shlex.join(["lmms-eval", *command[3:]]))
-    shutil.rmtree(scratch)
-    return result
+    _run(command, work, log, from_hub)
+    if silent := _SILENT_FAILURE.search(log.read_text(encoding="utf-8", errors="replace")):
+        raise UserError(f"lmms-eval's model failed on a question and went on: {silent[1]} Its full output is in {log}.")
+    return shlex.join(["lmms-eval", *command[3:]])
 
 
-def _run(command: list[str], folder: Path, log: Path) -> None:
+def read_samples(outputs: Path, lmms_task: str, log: Path) -> dict[int, str]:
+    """doc_id -> what lmms-eval's own filter made of the model's text (mostly nothing).
+
+    Raises:
+        UserError: there is not exactly one file of the task's samples, or one without text.
+    """
+    files = sorted(outputs.rglob(f"*_samples_{lmms_task}.jsonl"))
+    if len(files) != 1:
+        raise UserError(
+            f"{outputs}: expected one file of {lmms_task}'s answers from lmms-eval, found {len(files)}. "
+            f"Its full output is in {log}."
+        )
+    samples = {sample["doc_id"]: sample["filtered_resps"] for sample in read_jsonl(files[0], "lmms-eval's answers")}
+    if wrong := [doc_id for doc_id, text in samples.items() if not isinstance(text, str)]:
+        raise UserError(f"{files[0]}: expected an answer to row {wrong[0]}, but it is no text. See {log}.")
+    return samples
+
+
+def _run(command: list[str], folder: Path, log: Path, from_hub: bool) -> None:
     # One process, whatever this one is part of: lmms-eval would take the variables of a launcher or a training for its own.
-    environment = {name: value for name, value in os.environ.items() if not _OF_A_LAUNCHER.fullmatch(name)} | {
-        "HF_HUB_OFFLINE": "1",
+    environment = {name: value for name, value in os.environ.items() if not _OF_A_LAUNCHER.fullmatch(name)}
+    environment |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    if not from_hub:
         # The cache does not notice changed data, so each run has its own.
-        "HF_DATASETS_CACHE": str((folder / "datasets_cache").resolve()),
-        "TOKENIZERS_PARALLELISM": "false",
-        "PYTHONUNBUFFERED": "1",
-    }
+        environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str((folder / "datasets_cache").resolve())}
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
     with log.open("ab", buffering=0) as file:  # appended to by lmms-eval (its log) and by us (its progress bars and tracebacks)
@@ -102,7 +113,8 @@ def _run(command: list[str], folder: Path, log: Path) -> None:
                 process.terminate()
                 process.wait()
     if status != 0:
-        raise UserError(f"lmms-eval failed ({_exit(status)}): {_last_error(log)} Its full output is in {log}.")
+        advice = " Without --data the data sets come from the hub, which must be reachable." if from_hub else ""
+        raise UserError(f"lmms-eval failed ({_exit(status)}): {_last_error(log)} Its full output is in {log}.{advice}")
 
 
 def _exit(status: int) -> str:
@@ -135,22 +147,3 @@ def _last_error(log: Path) -> str:
         return lines[-1] if lines else "it printed nothing."
     # our own errors speak for themselves, and name the link to the model's folder
     return errors[-1].removeprefix(f"{UserError.__module__}.{UserError.__name__}: ").removeprefix("model: ")
-
-
-def _read_responses(outputs: Path, rows: list[dict[str, Any]], log: Path) -> list[str]:
-    if silent := _SILENT_FAILURE.search(log.read_text(encoding="utf-8", errors="replace")):
-        raise UserError(f"lmms-eval's model failed on a question and went on: {silent[1]} Its full output is in {log}.")
-    files = sorted(outputs.rglob(f"*_samples_{TASK}.jsonl"))
-    if len(files) != 1:
-        raise UserError(
-            f"{outputs}: expected one file of answers from lmms-eval, found {len(files)}. Its full output is in {log}."
-        )
-    samples = {sample["doc_id"]: sample for sample in read_jsonl(files[0], "lmms-eval's answers")}
-    responses = []
-    for position, row in enumerate(rows):
-        sample = samples.get(position)
-        is_this_row = sample is not None and sample["target"] == row["answer"] and row["question"] in sample["input"]
-        if sample is None or not is_this_row or not isinstance(sample["filtered_resps"], str):
-            raise UserError(f"{files[0]}: expected the answer to index {row['index']}, but it is not there. See {log}.")
-        responses.append(sample["filtered_resps"])
-    return responses

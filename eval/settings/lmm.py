@@ -8,15 +8,35 @@ from typing import Literal
 
 from eval.settings.common import at_least, given
 
+LmmTaskName = Literal[
+    "mmbench",
+    "mmbench_cn",
+    "gqa",
+    "pope",
+    "mme",
+    "seedbench",
+    "textvqa",
+    "ai2d",
+    "scienceqa",
+    "scienceqa_img",
+]
+"""Benchmarks of `eval.lmm.tasks`."""
+
 
 @dataclass
 class DataSettings:
-    """Turns an MMBench TSV into the data folder that lmms-eval finds without a network."""
+    """Turns a benchmark's published files into the data folder that lmms-eval finds without a network."""
 
-    file: Path
-    """MMBench TSV (index, question, hint, A-D, answer, category, image, source, l2-category, comment, split)."""
+    source: Path
+    """Published file or folder, as docs/lmm_tasks.md lists them; for MMBench its TSV with base64 images."""
+    task: LmmTaskName | None = None
+    """Benchmark that `source` is of; a .tsv or .xlsx is taken for `mmbench` when nothing else is said."""
     out: Path | None = None
-    """Folder that will hold `lmms-lab-encoder/MMBench`; run lmms-eval in it."""
+    """Folder for the data of any number of benchmarks, each added by its own call; `lift-eval lmm --data` takes it."""
+    images: Path | None = None
+    """Folder of the image files, where it is not in its published place beside the questions."""
+    allow_missing: bool = False
+    """Keep only the questions whose image files are there, and say how many were left out; else these are an error."""
 
     def __post_init__(self) -> None:
         given(self.out, "out")
@@ -24,28 +44,33 @@ class DataSettings:
 
 @dataclass
 class LmmSettings:
-    """Runs lmms-eval's own MMBench task on a LLaVA folder and records every answer."""
+    """Runs lmms-eval's own tasks on a LLaVA folder and records every answer."""
 
     folder: Path
     """LLaVA folder that `LlavaForConditionalGeneration` and `AutoProcessor` load."""
+    tasks: str | None = None
+    """Benchmarks, separated by commas: mmbench, mmbench_cn, gqa, pope, mme, seedbench, textvqa, ai2d, scienceqa, scienceqa_img.
+    May be left out where `data` is an MMBench file."""
     data: Path | None = None
-    """MMBench TSV with the questions."""
+    """Folder written by `lift-eval data`, or one MMBench TSV; left out, lmms-eval asks the hub."""
     out: Path | None = None
-    """Folder for the run. A finished run of the same model, data and settings is reused."""
+    """Folder for the run. Finished tasks of the same model, data and settings are reused, interrupted ones go on."""
     batch_size: int = 16
     """Questions answered at a time."""
-    max_new_tokens: int = 16
-    """Longest answer in tokens; MMBench asks for one letter."""
+    max_new_tokens: int | None = None
+    """Longest answer in tokens; left out, each task's own (16 for a letter, word or phrase)."""
+    likelihood: bool = True
+    """Score the option letters of multiple-choice questions by their probability, too."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the weights; `auto` is float32 on a CPU and the folder's own format on a GPU."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, ...; `auto` takes the GPU when there is one."""
 
     def __post_init__(self) -> None:
-        given(self.data, "data")
         given(self.out, "out")
         at_least(self.batch_size, 1, "batch_size")
-        at_least(self.max_new_tokens, 1, "max_new_tokens")
+        if self.max_new_tokens is not None:
+            at_least(self.max_new_tokens, 1, "max_new_tokens")
 
 
 @dataclass
@@ -55,12 +80,13 @@ class StockSettings:
     folder: Path
     """LLaVA folder that the run evaluated."""
     data: Path | None = None
-    """MMBench TSV that the run answered."""
+    """Data folder or MMBench TSV that the run answered; left out, lmms-eval asks the hub."""
     against: Path | None = None
     """Run folder written by `lift-eval lmm` in float32."""
+    tasks: str | None = None
+    """Benchmarks of the run, separated by commas; left out, all that stock can answer."""
     device: str = "auto"
     """`cpu`, `cuda`, ...; `auto` takes the GPU when there is one."""
 
     def __post_init__(self) -> None:
-        given(self.data, "data")
         given(self.against, "against")

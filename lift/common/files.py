@@ -63,7 +63,8 @@ def locked_folder(path: Path) -> Iterator[None]:
 def sweep(path: Path) -> None:
     """Removes unfinished files in `path`; only for the one who holds the folder, with no writer at work."""
     for left in path.glob(f"*{WORK_SUFFIX}"):
-        left.unlink(missing_ok=True)
+        if not left.is_dir():  # `atomic_folder` sweeps its own
+            left.unlink(missing_ok=True)
 
 
 @contextmanager

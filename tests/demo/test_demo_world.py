@@ -10,7 +10,7 @@ import pytest
 from demo import settings
 from demo.settings import Size, WorldSettings
 from demo.world import write_world
-from eval.mmbench_data import read_questions
+from eval.lmm.tasks.mmbench import read_questions
 from eval.settings import HardNegativeData, RetrievalData
 from eval.tasks.hard_negatives import read_sugarcrepe
 from eval.tasks.retrieval import read_retrieval

@@ -91,7 +91,9 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    raw.train_from_iterator([str(row) for row in question_rows()], trainer)
+    # answers stand among the texts, so that " A", as the template writes an answer, becomes one token
+    answers = [f"ASSISTANT: {letter}" for letter in "ABCDE"] * 200
+    raw.train_from_iterator([*(str(row) for row in question_rows()), *answers], trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw,
         pad_token="<pad>",

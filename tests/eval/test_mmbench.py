@@ -11,9 +11,9 @@ import pandas as pd
 import pytest
 
 from eval.__main__ import main
-from eval.mmbench import TAXONOMY, parse_answer, record, score_records
-from eval.mmbench_data import read_questions, task_source
-from eval.score import read_answers
+from eval.lmm.tasks.dataset import task_source
+from eval.lmm.tasks.mmbench import read_questions
+from eval.mmbench import TAXONOMY, parse_answer
 from lift.common.errors import UserError
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "mmbench"
@@ -43,35 +43,6 @@ def test_parse_answer(response: str, letter: str | None) -> None:
     assert parse_answer(response, OPTIONS) == letter
 
 
-def _row(index: int, answer: str, category: str = "ocr", l2: str = "finegrained_perception (instance-level)") -> dict:
-    fields = {"index": index, "question": "?", "options": OPTIONS, "answer": answer, "category": category}
-    return fields | {"l2_category": l2, "image_sha256": "0"}
-
-
-def test_circular_needs_every_rotation_and_unparsed_is_wrong() -> None:
-    records = [
-        record(_row(1, "A"), "A", "t"),
-        record(_row(1_000_001, "B"), "B", "t"),
-        record(_row(2, "A"), "A", "t"),
-        record(_row(1_000_002, "B"), "no idea", "t"),
-        record(_row(3, "C", "future_prediction", "logic_reasoning"), "B", "t"),
-    ]
-    scores = score_records(records)
-    assert scores["overall"] == {"groups": 3, "rows": 5, "circular": 1 / 3, "vanilla": 2 / 3, "parse_failure_rate": 1 / 5}
-    assert scores["l1"]["perception"]["circular"] == 1 / 2 and scores["l1"]["reasoning"]["circular"] == 0
-    assert list(scores["l3"]) == ["future_prediction", "ocr"]
-    assert records[3]["prediction"] is None and not records[3]["correct"]
-
-
-def test_published_llava_answers_give_the_published_accuracy(capsys: pytest.CaptureFixture[str]) -> None:
-    file = SHARED / "mmbench_dev_20230712_llava-v1.5-13b.xlsx"
-    if not file.is_file():
-        pytest.skip(f"{file} is not there")
-    overall = score_records(read_answers(file))["overall"]
-    assert (overall["groups"], overall["rows"]) == (1176, 4377)
-    assert round(100 * overall["circular"], 2) == 67.69 and round(100 * overall["vanilla"], 2) == 75.43
-
-
 def test_taxonomy_has_the_names_of_the_real_sample() -> None:
     file = SHARED / "mmbench_sample_en.tsv"
     if not file.is_file():
@@ -79,13 +50,6 @@ def test_taxonomy_has_the_names_of_the_real_sample() -> None:
     l2_of_l3 = {l3: l2 for l2_names in TAXONOMY.values() for l2, l3_names in l2_names.items() for l3 in l3_names}
     rows = read_questions(file)
     assert len(rows) == 20 and all(l2_of_l3[row["category"]] == row["l2_category"] for row in rows)
-
-
-def test_score_reads_an_answer_file(mmbench: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [row | {"prediction": row["answer"]} for row in mmbench.rows()]
-    rows[-1]["prediction"] = "A" if rows[-1]["answer"] == "B" else "B"
-    assert main(["score", str(mmbench.write(rows, tmp_path / "answers.tsv")), "--json"]) == 0
-    assert '"circular": 0.75' in capsys.readouterr().out
 
 
 def test_questions_keep_none_as_text_and_leave_empty_cells_out(questions_tsv: Path) -> None:
@@ -143,7 +107,7 @@ def test_data_folder_is_what_datasets_loads(mmbench: SimpleNamespace, tmp_path: 
     import pyarrow.parquet
 
     assert main(["data", str(questions_tsv), "--out", str(tmp_path / "data")]) == 0
-    source = task_source()
+    source = task_source("mmbench_en_dev_static")
     assert source.repository == "lmms-lab-encoder/MMBench"
     table = pyarrow.parquet.read_table(next((tmp_path / "data" / source.repository).rglob("*.parquet")))
     rows = table.to_pylist()
