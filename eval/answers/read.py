@@ -76,8 +76,23 @@ def _run_folder(path: Path, task: str | None) -> Answers:
     if not files:
         wanted = f"{task}/{RECORDS_FILE}" if task else f"TASK/{RECORDS_FILE}"
         raise UserError(f"{path}: expected a run folder of lift-eval lmm with {wanted}, found none. Check the path.")
-    records = [record for file in files for record in read_records(file)]
+    records = [record for file in files for record in _checked_records(file)]
     return Answers(records, "records", _check_rotations(path, records))
+
+
+def _checked_records(file: Path) -> list[Record]:
+    """Raises UserError, with the row, for fields that nothing can be counted from."""
+    records = read_records(file)
+    for record in records:
+        score = record.score
+        if not isinstance(score, (int, float)) or not 0 <= score <= 1:
+            raise UserError(f"{file}: {record.task} {record.key}: expected a score of 0 to 1, found {score!r}. Run it again.")
+        if not isinstance(record.rotation, int) or not isinstance(record.categories, dict) or not record.answer:
+            raise UserError(
+                f"{file}: {record.task} {record.key}: expected a number as rotation, named categories and an answer, found "
+                f"{record.rotation!r}, {record.categories!r}, {record.answer!r}. Run it again."
+            )
+    return records
 
 
 def _is_table(path: Path) -> bool:
@@ -126,7 +141,7 @@ def _recognise(path: Path, rows: list[Any] | None) -> str:
 
 
 def _records_file(request: Request, rows: list[Any]) -> Answers:
-    records = read_records(request.path)
+    records = _checked_records(request.path)
     if request.task is not None:
         records = [record for record in records if record.task == request.task]
     return Answers(records, "records")

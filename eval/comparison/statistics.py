@@ -128,11 +128,6 @@ def adjusted(p_values: Sequence[float | None], method: str) -> list[float | None
     return [None if p is None else float(next(of_known)) for p in p_values]
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for their number by Holm's method, in the same order."""
-    return [p for p in adjusted(p_values, "holm") if p is not None]
-
-
 def detectable_difference(difference_C: np.ndarray, units: int) -> float | None:
     """The smallest true difference of means that these clusters show with 80 % power at the 5 % level.
 

@@ -23,7 +23,6 @@ from eval.comparison.statistics import (
     adjusted,
     detectable_difference,
     exact_power,
-    holm,
     paired_result,
     sign_flip_p_value,
 )
@@ -104,7 +103,7 @@ def test_sign_flip_by_hand() -> None:
 
 
 def test_adjustments_by_hand() -> None:
-    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert adjusted([0.04, 0.01, 0.03], "holm") == pytest.approx([0.06, 0.03, 0.06])
     assert adjusted([0.04, None, 0.01, 0.03], "bh") == [pytest.approx(0.04), None, pytest.approx(0.03), pytest.approx(0.04)]
     assert adjusted([None], "holm") == [None]
     drawn = np.random.default_rng(0).random(50) ** 3
@@ -170,6 +169,9 @@ def test_unparsed_and_likelihood_have_their_columns() -> None:
     assert by_place(comparison)["overall", "overall"]["unparsed_a"] == 0.25
     assert {row["measure"] for row in comparison["rows"]} == {"circular", "vanilla"}
     assert by_place(compare_records(likely, likely, resamples=100), "likelihood")["overall", "overall"]["value_a"] == 1.0
+    likely[0] = replace(likely[0], likelihood=Likelihood("B", 0.0, {"A": -2.0, "B": -0.1}))
+    row = by_place(compare_records(likely, likely, resamples=100), "likelihood")["overall", "overall"]
+    assert (row["value_a"], row["n"]) == (0.5, 2), "a question is right by likelihood when all its passes are"
 
 
 def _yes_no(task: str, number: int, answer: str, said: str | None, image: str, category: str) -> Record:
@@ -319,6 +321,9 @@ def test_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFix
         (lambda r: r.pop(0), "mmbench 1000000 is a rotation of 0, which has no answer"),
         (lambda r: r.append(r[0]), "mmbench 0 stands in line 1 already"),
         (lambda r: r.clear(), "expected answers, found none"),
+        (lambda r: r.__setitem__(0, replace(r[0], score=float("nan"))), "mmbench 0: expected a score of 0 to 1, found nan"),
+        (lambda r: r.__setitem__(0, replace(r[0], score=None)), "mmbench 0: expected a score of 0 to 1, found None"),
+        (lambda r: r.__setitem__(0, replace(r[0], answer=[])), "mmbench 0: expected a number as rotation"),
     ],
 )
 def test_unlike_runs_are_refused(

@@ -162,7 +162,7 @@ def test_a_finished_run_is_reused_and_another_is_not(
     arguments = ["lmm", str(tiny_llava), "--data", str(data_folder), "--out", str(out), "--tasks"]
     assert main([*arguments, "mmbench_cn,mmbench", "--batch_size", "4"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("reused") == 2 and "likelihood %" in printed and "lmms-eval static %" in printed
+    assert printed.count(": reused,") == 2 and "likelihood %" in printed and "lmms-eval static %" in printed
     # other settings: only that task runs, and meets `fail`
     assert main([*arguments, "mmbench", "--max_new_tokens", "3"]) == 1
     assert "max_new_tokens is another" in capsys.readouterr().out and (out / "mmbench_cn").is_dir()

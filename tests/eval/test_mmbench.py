@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 
 from eval.__main__ import main
+from eval.lmm.tasks.dataset import task_source
+from eval.lmm.tasks.mmbench import read_questions
 from eval.mmbench import TAXONOMY, parse_answer
-from eval.mmbench_data import read_questions, task_source
 from lift.common.errors import UserError
 
 SHARED = Path(__file__).parents[2].parent / "shared" / "data" / "mmbench"
@@ -106,7 +107,7 @@ def test_data_folder_is_what_datasets_loads(mmbench: SimpleNamespace, tmp_path: 
     import pyarrow.parquet
 
     assert main(["data", str(questions_tsv), "--out", str(tmp_path / "data")]) == 0
-    source = task_source()
+    source = task_source("mmbench_en_dev_static")
     assert source.repository == "lmms-lab-encoder/MMBench"
     table = pyarrow.parquet.read_table(next((tmp_path / "data" / source.repository).rglob("*.parquet")))
     rows = table.to_pylist()
