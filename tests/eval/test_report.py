@@ -111,6 +111,15 @@ def test_numbers_by_hand(written: Path) -> None:
     assert "world &lt;b&gt;" in page and "12.5" in page
 
 
+def test_several_runs_a_side_are_shown_one_by_one(written: Path, tmp_path: Path) -> None:
+    a, b, out = str(written / "a"), str(written / "b"), tmp_path / "r.html"
+    seeds = ["--more_a", f"[{b}]", "--more_b", f"[{b}]"]
+    assert main(["report", a, b, "--out", str(out), "--resamples", "100", *seeds]) == 0
+    page = out.read_text(encoding="utf-8")
+    assert page.count("tell little about the spread between seeds") == 1 and "Welch&#39;s t over seeds" in page
+    assert "87.50, 70.83" in page and "± 11.79" in page  # 21 and 17 of 24 groups; their standard deviation
+
+
 def test_page_names_no_address_and_allows_none(written: Path) -> None:
     page = (written / "report.html").read_text(encoding="utf-8")
     assert "default-src 'none'" in page and "unsafe-eval" not in page
