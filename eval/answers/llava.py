@@ -43,7 +43,9 @@ def read_rounds(request: Request, rows: list[Any]) -> tuple[list[Record], str, l
                     f"{where}: option {letter} is {text!r}, but {asked.options.get(letter)!r} in {request.questions}. "
                     "Give the questions that were answered."
                 )
-        records.append(_rotated(asked, int(row["round_id"]), [str(text) for text in shown], letters, where))
+        if not isinstance(row["round_id"], int):
+            raise UserError(f"{where}: expected a whole number as round_id.")
+        records.append(_rotated(asked, row["round_id"], [str(text) for text in shown], letters, where))
     return records, "llava_mmbench", [note]
 
 

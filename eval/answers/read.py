@@ -59,6 +59,9 @@ def read_answers(path: Path, form: str = "auto", task: str | None = None, questi
     found = _recognise(path, rows) if form == "auto" else form
     if (found == "table") != (rows is None):
         raise UserError(f"{path}: expected {found} answers, found {'a table' if rows is None else 'JSON'}. Check --format.")
+    for number, row in enumerate(rows or [], start=1):
+        if missing := sorted(_KEYS[found] - row.keys()):
+            raise UserError(f"{path}: row {number}: expected '{missing[0]}' as in every row of the form {found}, found none.")
     answers = _READERS[found](Request(path, task, questions), rows or [])
     if not answers.records:
         raise UserError(f"{path}: expected answers, found none.")

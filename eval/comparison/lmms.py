@@ -11,6 +11,7 @@ from eval.comparison.join import by_task, same_questions
 from eval.comparison.measures import Measure, measures_of
 from eval.comparison.seeds import deviation, hierarchical_result, seeds_statement
 from eval.comparison.statistics import adjusted, detectable_difference, paired_result
+from eval.mmbench import official_order
 from eval.records import Record
 from lift.common.errors import UserError
 
@@ -111,7 +112,7 @@ def _measure_rows(
             if name := "overall" if level == "overall" else record.categories.get(level):
                 places.setdefault(name, []).append(place)
         level_rows: list[dict[str, Any]] = []
-        for name in sorted(places):
+        for name in sorted(places, key=official_order):
             parts_a, parts_b = ([[run[place] for place in places[name]] for run in runs] for runs in (runs_a, runs_b))
             if row := _row(measure, parts_a, parts_b, resamples, seed):
                 place_of = {"task": task, "measure": measure.name, "primary": measure.primary, "level": level, "name": name}

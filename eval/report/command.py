@@ -87,6 +87,7 @@ def write_page(
     block = {
         "names": {"a": name_a, "b": name_b},
         "tasks": {task: names.task_label(task) for task in comparison["tasks"]},
+        "categories": list(dict.fromkeys(row["name"] for row in comparison["rows"])),  # in the order of the tables
         "levels": list(dict.fromkeys(level for flip in flips for level in flip["categories"])),
         "views": plots.category_figures(comparison),
         "losses": plots.loss_figures(values["training"], name_a, name_b),
