@@ -87,11 +87,12 @@ def excluded(records: Sequence[Record]) -> list[dict[str, Any]]:
         for record in records:
             if name := record.categories.get(level):
                 clusters.setdefault(name, {}).setdefault(record.group, []).append(record)
-        for name, groups in clusters.items():
-            if len(groups) == 1:
-                ((first, *others),) = groups.values()
-                reason = f"{level} {name} has one question or image: no interval, no p, none of the adjusted tests"
-                found.append({"reason": reason, "n": 1 + len(others), "first": first.key})
+        single = {name: rows for name, groups in clusters.items() if len(groups) == 1 for rows in groups.values()}
+        if single:
+            names = ", ".join(sorted(single, key=official_order))
+            reason = f"one question or image in {level} {names}: no interval, no p, none of the adjusted tests"
+            rows = [row for of_name in single.values() for row in of_name]
+            found.append({"reason": reason, "n": len(rows), "first": rows[0].key})
     return found
 
 

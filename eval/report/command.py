@@ -119,7 +119,7 @@ def write_page(
         room = settings.max_megabytes * MEGABYTE - empty
         if room < 0:
             raise UserError(
-                f"--max_megabytes {settings.max_megabytes}: without any flips the page has {empty / MEGABYTE:.1f} MB already "
+                f"--max_megabytes {settings.max_megabytes}: without any flips the page has {empty / MEGABYTE:.2f} MB already "
                 "(4.8 of them plotly). Allow more."
             )
         shown = gallery(flips, thumbnails, limit, int(room))

@@ -53,12 +53,12 @@ def forest(rows: Sequence[dict[str, Any]], name_a: str, name_b: str) -> Figure:
     for side, text in legend.items():
         chosen = [(label, row) for label, row in zip(labels, rows, strict=True) if ahead(row) == side]
         points = [100 * row["difference"] for _, row in chosen]
-        bounds = [[100 * bound for bound in row["interval"] or (row["difference"], row["difference"])] for _, row in chosen]
+        bounds = [row["interval"] and [100 * bound for bound in row["interval"]] for _, row in chosen]
         traces.append(
             {
                 "type": "scatter",
                 "mode": "markers",
-                "name": html.escape(text),
+                "name": _text(text),
                 "meta": {"side": side},
                 "x": points or [None],
                 "y": [label for label, _ in chosen] or [None],
@@ -66,19 +66,20 @@ def forest(rows: Sequence[dict[str, Any]], name_a: str, name_b: str) -> Figure:
                 "error_x": {
                     "type": "data",
                     "symmetric": False,
-                    "array": [high - point for (_, high), point in zip(bounds, points, strict=True)],
-                    "arrayminus": [point - low for (low, _), point in zip(bounds, points, strict=True)],
+                    "array": [ends and ends[1] - point for ends, point in zip(bounds, points, strict=True)],
+                    "arrayminus": [ends and point - ends[0] for ends, point in zip(bounds, points, strict=True)],
                     "thickness": 2,
                     "width": 5,
                 },
                 "text": [
-                    f"{point:+.2f} ({low:+.2f} to {high:+.2f})" for point, (low, high) in zip(points, bounds, strict=True)
+                    f"{point:+.2f} ({'{:+.2f} to {:+.2f}'.format(*ends) if ends else 'no interval'})"
+                    for point, ends in zip(points, bounds, strict=True)
                 ],
                 "hovertemplate": "%{y}<br>%{text}<extra></extra>",
             }
         )
     zero = {"type": "line", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "yref": "paper", "line": {"width": 1.5}, "layer": "below"}
-    title = f"difference in points<br>← {html.escape(name_b)} better | {html.escape(name_a)} better →"
+    title = f"difference in points<br>← {_text(name_b)} better | {_text(name_a)} better →"
     layout = _layout(labels, lines=max(label.count("<br>") for label in labels) + 1, title=title)
     return {"data": traces, "layout": layout | {"shapes": [zero]}}
 
@@ -90,7 +91,7 @@ def bars(rows: Sequence[dict[str, Any]], name_a: str, name_b: str) -> Figure:
         {
             "type": "bar",
             "orientation": "h",
-            "name": html.escape(name),
+            "name": _text(name),
             "meta": {"side": side},
             "x": [100 * row[f"value_{side}"] for row in rows],
             "y": labels,
@@ -119,7 +120,7 @@ def loss_figures(training: dict[str, list[dict[str, Any]]], name_a: str, name_b:
             {
                 "type": "scatter",
                 "mode": "lines+markers" if len(run[curve]["step"]) < 40 else "lines",
-                "name": html.escape(names[side] + (" (validation)" if curve == "validation" else "")),
+                "name": _text(names[side] + (" (validation)" if curve == "validation" else "")),
                 "meta": {"side": side},
                 "x": run[curve]["step"],
                 "y": run[curve]["loss"],
@@ -178,5 +179,10 @@ def _short(name: str) -> str:
     return name if len(name) <= LABEL_WIDTH else f"{name[: LABEL_WIDTH - 1]}…"
 
 
+def _text(text: str) -> str:
+    """Plotly reads tags and `&lt;`, but shows `&quot;` as it stands."""
+    return html.escape(text, quote=False)
+
+
 def _label(text: str) -> str:
-    return "<br>".join(map(html.escape, textwrap.wrap(text, width=LABEL_WIDTH))) or " "
+    return "<br>".join(map(_text, textwrap.wrap(text, width=LABEL_WIDTH))) or " "

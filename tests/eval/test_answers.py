@@ -349,7 +349,7 @@ def test_control_characters_are_kept_and_missing_passes_said(
     answers = read_answers(path)
     assert answers.records[1].response == rows[1]["prediction"] and "1 of 1 groups have fewer passes" in answers.notes[0]
     only_first = read_answers(write_jsonl(path, _samples(rows[:1])))
-    assert only_first.notes == ["Only first passes: circular accuracy is that of one pass, the same as vanilla."]
+    assert only_first.notes == ["mmbench: only first passes: circular accuracy is that of one pass, the same as vanilla."]
 
 
 def test_rules() -> None:
