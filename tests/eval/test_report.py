@@ -153,6 +153,14 @@ def test_flips_come_in_turn_from_every_category_and_direction() -> None:
     assert len(order) == len(flips) and order[-1] == ("a", "x")
 
 
+def test_room_is_that_of_escaped_text(tmp_path: Path) -> None:
+    flip = {"task": "gqa", "right": "a", "categories": {}, "question": "<" * 500, "options": {}, "answer": [], "images": []}
+    flips = [flip | {"key": str(number), "passes": []} for number in range(20)]
+    with Thumbnails([tmp_path], ["gqa"]) as thumbnails:
+        shown = gallery(flips, thumbnails, None, 20_000)
+    assert 0 < len(json_block(shown.flips)) <= 20_000 and len(shown.flips) < 20
+
+
 def test_each_image_is_embedded_once_and_long_answers_are_cut(tmp_path: Path) -> None:
     pictures = dict(thumbnail(seed) for seed in range(2))
     images = list(pictures)
