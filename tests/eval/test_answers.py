@@ -161,6 +161,18 @@ def test_llava_rounds_are_read_under_the_letters_that_were_shown(
     assert scores_of("mmbench", answers.records)["overall"]["circular"] == 1.0
 
 
+def test_a_right_option_that_llava_took_for_an_empty_cell_counts_as_wrong(mmbench: SimpleNamespace, tmp_path: Path) -> None:
+    row = mmbench.rows()[0] | {"C": "None", "D": "", "answer": "C", "prediction": "A"}
+    questions = mmbench.write([row], tmp_path / "q.tsv")
+    rounds = [_llava(row, place, letters) for place, letters in enumerate((["A", "B"], ["B", "A"]))]
+    answers = read_answers(write_jsonl(tmp_path / "a.jsonl", rounds), questions=questions)
+    assert [record.score for record in answers.records] == [0.0, 0.0]
+    assert "The right option was not shown in 2 rows, first 1, which count as wrong" in answers.notes[1]
+    with pytest.raises(UserError, match="the right option C was not shown, but others under its letter: A, B, D"):
+        shifted = [_llava(row | {"D": "x"}, 0, ["A", "B", "D"])]
+        read_answers(write_jsonl(tmp_path / "b.jsonl", shifted), questions=mmbench.write([row | {"D": "x"}], questions))
+
+
 def test_static_rule_is_looser_than_the_exact_one() -> None:
     options = {"A": "red cube", "B": "blue sphere", "C": "green cone"}
     record = Record("mmbench", "1", "1", 0, {}, "q", options, ["B"], "Because of that", None, 0.0)
