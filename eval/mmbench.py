@@ -27,7 +27,30 @@ TAXONOMY: dict[str, dict[str, tuple[str, ...]]] = {
         "logic_reasoning": ("structuralized_imagetext_understanding", "future_prediction"),
     },
 }
-"""Official names: L1 -> L2 -> L3."""
+"""Official names: L1 -> L2 -> L3, in the official order."""
+
+_L2_NAMES = [l2 for l2_names in TAXONOMY.values() for l2 in l2_names]
+_L3_NAMES = [l3 for l2_names in TAXONOMY.values() for l3_names in l2_names.values() for l3 in l3_names]
+_PLACE = {name: place for place, name in enumerate([*TAXONOMY, *_L2_NAMES, *_L3_NAMES])}
+_OFFICIAL = {name.replace("_", "").replace(" ", ""): name for name in _PLACE}
+
+
+def official_name(name: str) -> str:
+    """The official spelling of a category, however a file writes its case, spaces and underscores; others as they are."""
+    return _OFFICIAL.get("".join(name.lower().replace("_", " ").split()), name)
+
+
+def is_official(name: str) -> bool:
+    return official_name(name) in _PLACE
+
+
+def official_order(name: str) -> tuple[int, str]:
+    """Sort key: categories of one level in the order of `TAXONOMY`, so that those of an L1 and L2 stand together.
+
+    Other names, also those of other benchmarks, follow by the alphabet.
+    """
+    return _PLACE.get(name, len(_PLACE)), name
+
 
 _PUNCTUATION = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 _REFUSALS = (
@@ -44,7 +67,7 @@ def parse_answer(response: str, options: Mapping[str, str]) -> str | None:
 
     First the letters: exactly one of the options' letters stands as a word, among the last five words. Else the texts: the
     response contains exactly one option's text (case ignored) and is at most twice as long as all options together.
-    Nothing is guessed; what stays None counts as wrong.
+    A lone Z is the answer "none of them", whatever text stands beside it. Nothing is guessed; what stays None counts as wrong.
     """
     if any(refusal in response for refusal in _REFUSALS):
         return None
@@ -52,6 +75,8 @@ def parse_answer(response: str, options: Mapping[str, str]) -> str | None:
     letters = [letter for letter in options if letter in words]
     if len(letters) == 1 and words.index(letters[0]) > len(words) - 5:
         return letters[0]
+    if not letters and "Z" in words:
+        return None
     if len(response) > 2 * sum(map(len, options.values())):
         return None
     matches = [letter for letter, text in options.items() if text.lower() in response.lower()]

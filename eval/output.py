@@ -23,7 +23,8 @@ def percent(fraction: float | None, signed: bool = False) -> str:
     """0.6769 as `67.69`, or `+67.69` when signed; a dash for None."""
     if fraction is None:
         return "–"
-    return f"{100 * fraction:+.2f}" if signed else f"{100 * fraction:.2f}"
+    rounded = round(100 * fraction, 2) + 0.0  # no -0.00
+    return f"{rounded:+.2f}" if signed else f"{rounded:.2f}"
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -1,7 +1,8 @@
 """Answers of the original LLaVA's scripts (JSON lines): rows with the questions they belong to become records.
 
 `model_vqa_mmbench.py` writes one line a round with the options as shown: with `--all-rounds` they are rotated and shown under
-A, B, C, D, and `option_char` names the letter that each has in the question file. Other scripts write question_id and text.
+A, B, C, D, and `option_char` names the letter that each has in the question file. Options end there at the first empty cell or
+"None", so that the right one may be missing: such a row counts as wrong. Other scripts write question_id and text.
 """
 
 from __future__ import annotations
@@ -43,18 +44,27 @@ def read_rounds(request: Request, rows: list[Any]) -> tuple[list[Record], str, l
                     f"{where}: option {letter} is {text!r}, but {asked.options.get(letter)!r} in {request.questions}. "
                     "Give the questions that were answered."
                 )
-        records.append(_rotated(asked, int(row["round_id"]), [str(text) for text in shown], letters, where))
-    return records, "llava_mmbench", [note]
+        if not isinstance(row["round_id"], int):
+            raise UserError(f"{where}: expected a whole number as round_id.")
+        records.append(_rotated(asked, row["round_id"], [str(text) for text in shown], letters, where))
+    notes = [note]
+    if unseen := [record.key for record in records if record.answer[0] not in record.options]:
+        notes.append(
+            f"The right option was not shown in {len(unseen)} rows, first {unseen[0]}, which count as wrong: LLaVA's script "
+            'takes the option "None" for an empty cell.'
+        )
+    return records, "llava_mmbench", notes
 
 
 def _rotated(asked: Record, round_id: int, shown: list[str], letters: list[str], where: str) -> Record:
     """The record of one round: options under the letters that the model saw."""
     if round_id and asked.rotation:
         raise UserError(f"{where}: index {asked.key} is a rotation already. Give answers with one of the two kinds of passes.")
-    if asked.answer[0] not in letters:
-        raise UserError(f"{where}: the right option {asked.answer[0]} was not shown ({', '.join(letters)}).")
-    options = dict(zip(OPTION_LETTERS, shown, strict=False))
-    answer = OPTION_LETTERS[letters.index(asked.answer[0])]
+    options, answer = dict(zip(OPTION_LETTERS, shown, strict=False)), asked.answer[0]
+    if answer in letters:
+        answer = OPTION_LETTERS[letters.index(answer)]
+    elif answer in options:  # the letter of another option, so that a wrong answer would count as right
+        raise UserError(f"{where}: the right option {answer} was not shown, but others under its letter: {', '.join(letters)}.")
     prediction = parse_answer(asked.response, options)
     return replace(
         asked,

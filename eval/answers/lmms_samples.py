@@ -62,10 +62,12 @@ def _response(row: Any, where: str) -> str:
 
 
 def _metric(row: Any, task: str) -> Any:
-    """What the row says of its score: a benchmark's own metric, or the first that is a number or tells one."""
+    """What the row says of its score: a benchmark's own metric, exact_match, or the first that is a number or tells one."""
     for name, value in row.items():
         if TASK_OF_METRIC.get(name) == task:
             return value
+    if "exact_match" in row:
+        return row["exact_match"]
     reserved = {"doc_id", "target", "resps", "filtered_resps", "token_counts", "doc_hash", "input", "doc", "arguments"}
     known = [value for name, value in row.items() if name not in reserved]
     numbers = [value for value in known if isinstance(value, (int, float)) and not isinstance(value, bool)]
@@ -92,7 +94,7 @@ def _bare(task: str, row: Any, response: str, metric: Any, where: str) -> Record
     prediction = str(fields.get("pred", fields.get("prediction", response))).strip() or None
     score = metric if isinstance(metric, (int, float)) else fields.get("score")
     if score is None and "answer" in fields:
-        score = prediction == str(fields["answer"]).strip()
+        score = (prediction or "").lower() == str(fields["answer"]).strip().lower()  # as lmms-eval scores SEED-Bench
     if score is None or not 0 <= float(score) <= 1:
         raise UserError(f"{where}: expected a score of 0 to 1 among the metrics, found {score!r}. Give --questions.")
     target = row["target"] if isinstance(row["target"], list) else [row["target"]]

@@ -59,6 +59,9 @@ def read_answers(path: Path, form: str = "auto", task: str | None = None, questi
     found = _recognise(path, rows) if form == "auto" else form
     if (found == "table") != (rows is None):
         raise UserError(f"{path}: expected {found} answers, found {'a table' if rows is None else 'JSON'}. Check --format.")
+    for number, row in enumerate(rows or [], start=1):
+        if missing := sorted(_KEYS[found] - row.keys()):
+            raise UserError(f"{path}: row {number}: expected '{missing[0]}' as in every row of the form {found}, found none.")
     answers = _READERS[found](Request(path, task, questions), rows or [])
     if not answers.records:
         raise UserError(f"{path}: expected answers, found none.")
@@ -194,7 +197,7 @@ def _check_rotations(path: Path, records: Sequence[Record]) -> list[str]:
     for record in records:
         if record.task in CIRCULAR_TASKS or record.rotation:
             passes[record.task, record.group][record.rotation] = record
-    short = []
+    short: dict[str, list[str]] = defaultdict(list)
     for (task, group), of_group in passes.items():
         if 0 not in of_group:
             other = next(iter(of_group.values()))
@@ -202,12 +205,14 @@ def _check_rotations(path: Path, records: Sequence[Record]) -> list[str]:
                 f"{path}: {task} {other.key} is a rotation of {group}, which has no answer. Give the answers to all passes."
             )
         if len(of_group) < len(of_group[0].options):
-            short.append(group)
-    if not short:
-        return []
-    if len(short) == len(passes) and all(len(of_group) == 1 for of_group in passes.values()):
-        return ["Only first passes: circular accuracy is that of one pass, the same as vanilla."]
-    return [
-        f"{len(short)} of {len(passes)} groups have fewer passes than options, first {short[0]}: circular accuracy is over the "
-        "passes there are."
-    ]
+            short[task].append(group)
+    return [_short_note(task, [of for (name, _), of in passes.items() if name == task], short[task]) for task in short]
+
+
+def _short_note(task: str, groups: Sequence[dict[int, Record]], short: Sequence[str]) -> str:
+    if len(short) == len(groups) and all(len(passes) == 1 for passes in groups):
+        return f"{task}: only first passes: circular accuracy is that of one pass, the same as vanilla."
+    return (
+        f"{task}: {len(short)} of {len(groups)} groups have fewer passes than options, first {short[0]}: circular accuracy is "
+        "over the passes there are."
+    )

@@ -12,6 +12,7 @@ from eval.answers.rules import static_hits
 from eval.comparison.join import by_task
 from eval.comparison.lmms import levels_of
 from eval.comparison.measures import Measure, measures_of
+from eval.mmbench import official_order
 from eval.output import format_table, percent
 from eval.records import Record
 from eval.settings import ScoreSettings
@@ -54,7 +55,7 @@ def scores_of(task: str, records: Sequence[Record]) -> dict[str, Any]:
             name: _scores(
                 task, measures, [records[place] for place in places[name]], hits and [hits[place] for place in places[name]]
             )
-            for name in sorted(places)
+            for name in sorted(places, key=official_order)
         }
     return scores
 

@@ -9,11 +9,9 @@ from eval.answers.questions import Questions, mmbench_docs, same_text
 from eval.answers.read import CIRCULAR_TASKS, Request
 from eval.answers.rules import exact_match, yes_or_no
 from eval.lmm.tasks import LMM_TASKS
-from eval.mmbench import OPTION_LETTERS, ROTATION_STRIDE, TAXONOMY, parse_answer
+from eval.mmbench import OPTION_LETTERS, ROTATION_STRIDE, is_official, parse_answer
 from eval.records import Record
 from lift.common.errors import UserError
-
-L3_NAMES = {l3 for l2_names in TAXONOMY.values() for l3_names in l2_names.values() for l3 in l3_names}
 
 
 def read_answer_table(request: Request) -> tuple[list[Record], str, list[str]]:
@@ -32,7 +30,7 @@ def _is_mmbench(cells: Sequence[dict[str, str]]) -> bool:
     """Options, and categories that are MMBench's, or none."""
     if not {"index", "A", "B", "answer"} <= cells[0].keys():
         return False
-    return {row.get("category", "") for row in cells} <= L3_NAMES | {""}
+    return all(is_official(name) for name in {row.get("category", "") for row in cells} - {""})
 
 
 def _mmbench(request: Request, cells: Sequence[dict[str, str]], task: str) -> tuple[list[Record], list[str]]:
@@ -75,10 +73,16 @@ def _any_benchmark(request: Request, cells: Sequence[dict[str, str]], task: str)
             raise UserError(f"{request.path}: expected the column '{name}', found {', '.join(cells[0])}.")
     letters = [name for name in cells[0] if len(name) == 1 and name.isupper()]
     yes_no = not letters and {row["answer"].strip().lower() for row in cells} <= {"yes", "no"}
-    notes, splits = [], {row.get("split", "") for row in cells}
-    if not letters and not yes_no:
+    splits = {row.get("split", "") for row in cells}
+    if letters:
+        notes = [f"Scored by the options {', '.join(letters)}, with MMBench's rule."]
+    elif yes_no:
+        notes = ["Scored by the one word of yes and no that stands in the prediction."]
+    else:
         rule = "the column 'hit'" if "hit" in cells[0] else "equality with the answer, but for case and a final full stop"
-        notes.append(f"Open answers: scored by {rule}.")
+        notes = [f"Open answers: scored by {rule}."]
+    if request.questions is not None:
+        notes.append(f"--questions is not used: tables of {task} are read as they are.")
     records = []
     for number, row in enumerate(cells, start=1):
         options = {letter: row[letter] for letter in letters if row[letter] not in ("", "nan")}
@@ -90,9 +94,16 @@ def _any_benchmark(request: Request, cells: Sequence[dict[str, str]], task: str)
         prediction = parse_answer(response, options) if options else yes_or_no(response) if yes_no else response.strip() or None
         score = float(prediction == (answer.strip().lower() if yes_no else answer))
         if not options and not yes_no:
+            if "hit" not in row and answer.startswith("[") and answer.endswith("]"):
+                raise UserError(
+                    f"{request.path}: row {number + 1}: several answers in one cell, {answer[:40]}, cannot be scored by "
+                    "equality. Add a column 'hit' with each row's score."
+                )
             score = _hit(request, number, row) if "hit" in row else exact_match(response, answer)
         key = row.get("index") or str(number)
         circular = "g_index" in row
+        if circular and not key.removesuffix(".0").isdigit():
+            raise UserError(f"{request.path}: row {number + 1}: expected a number as index beside g_index, found '{key}'.")
         levels = {"l2": row.get("l2-category"), "category": row.get("category")}
         levels |= {"split": row.get("split")} if len(splits) > 1 else {}
         records.append(

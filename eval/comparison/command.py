@@ -13,6 +13,7 @@ from eval.answers.read import Answers, read_answers
 from eval.comparison.flips import find_flips
 from eval.comparison.lmms import compare_runs
 from eval.output import format_table, percent, write_csv
+from eval.records import Record
 from eval.settings import CompareSettings, given
 from lift.common.errors import UserError
 from lift.common.files import atomic_folder, check_output_folder, read_json, sha256_file, write_json, write_jsonl
@@ -116,10 +117,27 @@ def _cells(row: dict[str, Any]) -> tuple[object, ...]:
     return (name, row["n"], *values, interval, discordant, *p_values, number(row["detectable"]), *unparsed)
 
 
+def _image_notes(runs: list[list[Record]], tasks: set[str]) -> list[str]:
+    """Rows whose images only some runs name, so that nothing says whether all saw the same."""
+    having: dict[str, dict[str, int]] = {task: {} for task in sorted(tasks)}
+    for records in runs:
+        for record in records:
+            if record.task in tasks:
+                of_task = having[record.task]
+                of_task[record.key] = of_task.get(record.key, 0) + bool(record.images)
+    counts = {task: sum(0 < number < len(runs) for number in of_task.values()) for task, of_task in having.items()}
+    return [
+        f"{task}: the images of {count} of {len(having[task])} rows are not compared: not all runs name them."
+        for task, count in counts.items()
+        if count
+    ]
+
+
 def _notes(comparison: dict[str, Any], sides: list[list[tuple[Path, Answers]]]) -> list[str]:
     notes = [f"{path}: {note}" for side in sides for path, answers in side for note in answers.notes]
     for task, values in comparison["tasks"].items():
         notes += [f"{task}: {each['reason']} ({each['n']} rows, first {each['first']})." for each in values["excluded"]]
+    notes += _image_notes([answers.records for side in sides for _, answers in side], set(comparison["tasks"]))
     if comparison["seeds"] is not None and comparison["seeds"]["warning"]:
         notes.append(f"Warning: {comparison['seeds']['warning']}")
     tasks = [{record.task for record in answers.records} for side in sides for _, answers in side]

@@ -11,6 +11,7 @@ from eval.comparison.join import by_task, same_questions
 from eval.comparison.measures import Measure, measures_of
 from eval.comparison.seeds import deviation, hierarchical_result, seeds_statement
 from eval.comparison.statistics import adjusted, detectable_difference, paired_result
+from eval.mmbench import official_order
 from eval.records import Record
 from lift.common.errors import UserError
 
@@ -86,11 +87,12 @@ def excluded(records: Sequence[Record]) -> list[dict[str, Any]]:
         for record in records:
             if name := record.categories.get(level):
                 clusters.setdefault(name, {}).setdefault(record.group, []).append(record)
-        for name, groups in clusters.items():
-            if len(groups) == 1:
-                ((first, *others),) = groups.values()
-                reason = f"{level} {name} has one question or image: no interval, no p, none of the adjusted tests"
-                found.append({"reason": reason, "n": 1 + len(others), "first": first.key})
+        single = {name: rows for name, groups in clusters.items() if len(groups) == 1 for rows in groups.values()}
+        if single:
+            names = ", ".join(sorted(single, key=official_order))
+            reason = f"one question or image in {level} {names}: no interval, no p, none of the adjusted tests"
+            rows = [row for of_name in single.values() for row in of_name]
+            found.append({"reason": reason, "n": len(rows), "first": rows[0].key})
     return found
 
 
@@ -111,7 +113,7 @@ def _measure_rows(
             if name := "overall" if level == "overall" else record.categories.get(level):
                 places.setdefault(name, []).append(place)
         level_rows: list[dict[str, Any]] = []
-        for name in sorted(places):
+        for name in sorted(places, key=official_order):
             parts_a, parts_b = ([[run[place] for place in places[name]] for run in runs] for runs in (runs_a, runs_b))
             if row := _row(measure, parts_a, parts_b, resamples, seed):
                 place_of = {"task": task, "measure": measure.name, "primary": measure.primary, "level": level, "name": name}

@@ -16,6 +16,8 @@ from scipy.special import bdtr
 from scipy.stats import binom, norm, t
 
 LEVEL, POWER = 0.05, 0.8
+FEWEST_CLUSTERS = 6
+"""For an interval. Below, percentiles hold the truth in 73 to 85 % of samples, and no sign flip reaches p <= 0.05."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class PairedResult:
     difference: float
     """Value of A minus value of B."""
     interval: tuple[float, float] | None
-    """95 %; None with fewer than two clusters, or where they all differ alike, of which resampling shows no spread."""
+    """95 %; None with fewer than six clusters, or where they all differ alike, of which resampling shows no spread."""
     p_value: float | None
     """Two-sided; None with fewer than two clusters."""
 
@@ -62,8 +64,10 @@ def paired_result(a: Sequence[Terms], b: Sequence[Terms], cluster_U: np.ndarray,
     difference = float(np.mean([terms.value for terms in a]) - np.mean([terms.value for terms in b]))
     if count_P.sum() < 2 or not np.isfinite(difference):
         return PairedResult(difference, None, None)
-    drawn_R = _bootstrap(pattern_PK, count_P, sides, resamples, seed)
-    interval = percentile_interval(drawn_R, int(count_P.sum())) if np.nanstd(drawn_R) > 1e-12 else None
+    interval, clusters = None, int(count_P.sum())
+    if clusters >= FEWEST_CLUSTERS:
+        drawn_R = _bootstrap(pattern_PK, count_P, sides, resamples, seed)
+        interval = percentile_interval(drawn_R, clusters) if np.nanstd(drawn_R) > 1e-12 else None
     return PairedResult(difference, interval, _swap_test(pattern_PK, count_P, sides, resamples, seed))
 
 

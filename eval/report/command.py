@@ -87,6 +87,7 @@ def write_page(
     block = {
         "names": {"a": name_a, "b": name_b},
         "tasks": {task: names.task_label(task) for task in comparison["tasks"]},
+        "categories": list(dict.fromkeys(row["name"] for row in comparison["rows"])),  # in the order of the tables
         "levels": list(dict.fromkeys(level for flip in flips for level in flip["categories"])),
         "views": plots.category_figures(comparison),
         "losses": plots.loss_figures(values["training"], name_a, name_b),
@@ -118,7 +119,7 @@ def write_page(
         room = settings.max_megabytes * MEGABYTE - empty
         if room < 0:
             raise UserError(
-                f"--max_megabytes {settings.max_megabytes}: without any flips the page has {empty / MEGABYTE:.1f} MB already "
+                f"--max_megabytes {settings.max_megabytes}: without any flips the page has {empty / MEGABYTE:.2f} MB already "
                 "(4.8 of them plotly). Allow more."
             )
         shown = gallery(flips, thumbnails, limit, int(room))

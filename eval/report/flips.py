@@ -93,7 +93,8 @@ def gallery(flips: Sequence[dict[str, Any]], thumbnails: Thumbnails, limit: int 
             break
         new = {image: _base64(thumbnails.read(image)) for image in flip["images"] if image not in place_of}
         card = _card(flip)
-        used += len(json.dumps(card)) + 100 + sum(len(text or "") + 3 for text in new.values())
+        written = json.dumps(card)  # in the page each of < > & is a \u escape of six characters
+        used += len(written) + 5 * sum(map(written.count, "<>&")) + 100 + sum(len(text or "") + 3 for text in new.values())
         if used > room:
             break
         for image, text in new.items():

@@ -14,7 +14,7 @@ from typing import Any
 from eval.report.names import level_label, plain, task_label
 from eval.report.tables import ahead
 
-SYMBOLS = {"a": "circle", "b": "diamond", "neither": "square-open"}
+SYMBOLS = {"a": "circle", "b": "diamond", "neither": "square-open", "no interval": "x-thin"}
 LABEL_WIDTH = 24
 """Characters of a line beside a plot, so that the plot keeps its room on a phone."""
 
@@ -49,38 +49,48 @@ def forest(rows: Sequence[dict[str, Any]], name_a: str, name_b: str) -> Figure:
     """Differences in points with their intervals, the first row on top."""
     labels = [_label(f"{plain(row['name'])} (n={row['n']:,})") for row in rows]
     legend = {"a": f"{name_a} ahead", "b": f"{name_b} ahead", "neither": "not told apart"}
+    kinds = [_kind(row) for row in rows]
+    if "no interval" in kinds:
+        legend["no interval"] = "not told apart, no interval"
     traces: list[dict[str, Any]] = []
-    for side, text in legend.items():
-        chosen = [(label, row) for label, row in zip(labels, rows, strict=True) if ahead(row) == side]
+    for kind, text in legend.items():
+        chosen = [(label, row) for label, row, its_kind in zip(labels, rows, kinds, strict=True) if its_kind == kind]
         points = [100 * row["difference"] for _, row in chosen]
-        bounds = [[100 * bound for bound in row["interval"] or (row["difference"], row["difference"])] for _, row in chosen]
+        bounds = [row["interval"] and [100 * bound for bound in row["interval"]] for _, row in chosen]
         traces.append(
             {
                 "type": "scatter",
                 "mode": "markers",
-                "name": html.escape(text),
-                "meta": {"side": side},
+                "name": _text(text),
+                "meta": {"side": "neither" if kind == "no interval" else kind},
                 "x": points or [None],
                 "y": [label for label, _ in chosen] or [None],
-                "marker": {"symbol": SYMBOLS[side], "size": 11, "line": {"width": 2}},
+                "marker": {"symbol": SYMBOLS[kind], "size": 11, "line": {"width": 2}},
                 "error_x": {
+                    "visible": kind != "no interval",  # where a bar of no length would look certain
                     "type": "data",
                     "symmetric": False,
-                    "array": [high - point for (_, high), point in zip(bounds, points, strict=True)],
-                    "arrayminus": [point - low for (low, _), point in zip(bounds, points, strict=True)],
+                    "array": [ends and ends[1] - point for ends, point in zip(bounds, points, strict=True)],
+                    "arrayminus": [ends and point - ends[0] for ends, point in zip(bounds, points, strict=True)],
                     "thickness": 2,
                     "width": 5,
                 },
                 "text": [
-                    f"{point:+.2f} ({low:+.2f} to {high:+.2f})" for point, (low, high) in zip(points, bounds, strict=True)
+                    f"{point:+.2f} ({'{:+.2f} to {:+.2f}'.format(*ends) if ends else 'no interval'})"
+                    for point, ends in zip(points, bounds, strict=True)
                 ],
                 "hovertemplate": "%{y}<br>%{text}<extra></extra>",
             }
         )
     zero = {"type": "line", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "yref": "paper", "line": {"width": 1.5}, "layer": "below"}
-    title = f"difference in points<br>← {html.escape(name_b)} better | {html.escape(name_a)} better →"
+    title = f"difference in points<br>← {_text(name_b)} better<br>{_text(name_a)} better →"  # lines that fit a phone
     layout = _layout(labels, lines=max(label.count("<br>") for label in labels) + 1, title=title)
     return {"data": traces, "layout": layout | {"shapes": [zero]}}
+
+
+def _kind(row: dict[str, Any]) -> str:
+    side = ahead(row)
+    return "no interval" if side == "neither" and row["interval"] is None else side
 
 
 def bars(rows: Sequence[dict[str, Any]], name_a: str, name_b: str) -> Figure:
@@ -90,7 +100,7 @@ def bars(rows: Sequence[dict[str, Any]], name_a: str, name_b: str) -> Figure:
         {
             "type": "bar",
             "orientation": "h",
-            "name": html.escape(name),
+            "name": _text(name),
             "meta": {"side": side},
             "x": [100 * row[f"value_{side}"] for row in rows],
             "y": labels,
@@ -119,7 +129,7 @@ def loss_figures(training: dict[str, list[dict[str, Any]]], name_a: str, name_b:
             {
                 "type": "scatter",
                 "mode": "lines+markers" if len(run[curve]["step"]) < 40 else "lines",
-                "name": html.escape(names[side] + (" (validation)" if curve == "validation" else "")),
+                "name": _text(names[side] + (" (validation)" if curve == "validation" else "")),
                 "meta": {"side": side},
                 "x": run[curve]["step"],
                 "y": run[curve]["loss"],
@@ -151,8 +161,8 @@ _LEGEND = {"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bo
 def _layout(labels: Sequence[str], lines: int, title: str, row_height: int = 30) -> dict[str, Any]:
     height = max(row_height, 17 * lines + 6) * len(labels)
     return {
-        "height": height + 108,
-        "margin": {"l": 8, "r": 16, "t": 36, "b": 72},
+        "height": height + 120,
+        "margin": {"l": 8, "r": 16, "t": 36, "b": 84},
         "xaxis": {
             "title": {"text": title, "font": {"size": 12}, "standoff": 10},
             "automargin": True,
@@ -178,5 +188,10 @@ def _short(name: str) -> str:
     return name if len(name) <= LABEL_WIDTH else f"{name[: LABEL_WIDTH - 1]}…"
 
 
+def _text(text: str) -> str:
+    """Plotly reads tags and `&lt;`, but shows `&quot;` as it stands."""
+    return html.escape(text, quote=False)
+
+
 def _label(text: str) -> str:
-    return "<br>".join(map(html.escape, textwrap.wrap(text, width=LABEL_WIDTH))) or " "
+    return "<br>".join(map(_text, textwrap.wrap(text, width=LABEL_WIDTH))) or " "

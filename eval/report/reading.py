@@ -6,6 +6,7 @@ things: A gains in both of these L2 categories, and it gains there more than in 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -55,8 +56,9 @@ def paper_reading(comparison: dict[str, Any], task: str) -> dict[str, Any]:
     draws = [_pooled_draws(part, comparison["seeds"] is not None, resamples, generator) for part in (named, others)]
     evidence = [*(_evidence(row["name"], [row]) for row in named), _evidence("both together", named)]
     evidence.append(_evidence("the other L2 categories", others))
-    for row, drawn in zip(evidence[2:], draws, strict=True):
-        row["interval"] = _interval(drawn)
+    if comparison["seeds"] is None:  # a seed moves the categories of a pool together, which the draws of several runs leave out
+        for row, drawn in zip(evidence[2:], draws, strict=True):
+            row["interval"] = _interval(drawn)
     for row, p in zip(evidence, adjusted([row["p_value"] for row in named], "holm"), strict=False):
         row["p_adjusted"] = p
     contrast = _contrast(evidence[2]["difference"] - evidence[3]["difference"], draws[0] - draws[1])
@@ -76,18 +78,23 @@ def _pooled_draws(
     """float64 [resamples]: the pooled difference of as many groups, drawn with replacement within each category.
 
     A group is right for A alone, for B alone, or for both or neither, so that drawing groups is drawing these three counts.
+    Their shares have half a group added to either side and one to the rest (Agresti and Min 2005): a category of few groups
+    that all answer alike would else have no spread and look certain. The draws keep the observed difference as their centre.
     Of several runs a side there are means instead: each category's difference is then drawn from the normal distribution that
-    its interval says, as if categories shared no seed.
+    its interval says, as if categories shared no seed; where it has none, with the spread of added halves.
     """
     total = np.zeros(resamples)
     for row in rows:
         if several_runs:
-            low, high = row["interval"] or (row["difference"], row["difference"])
-            total += row["n"] * generator.normal(row["difference"], (high - low) / 3.92, resamples)
+            low, high = row["interval"] or (0.0, 0.0)
+            deviation = (high - low) / 3.92 if row["interval"] else 1 / math.sqrt(row["n"] * (row["n"] + 2))
+            total += row["n"] * generator.normal(row["difference"], deviation, resamples)
             continue
-        shares = np.array([row["only_a"], row["only_b"], row["n"] - row["only_a"] - row["only_b"]]) / row["n"]
+        shares = np.array([row["only_a"] + 0.5, row["only_b"] + 0.5, row["n"] - row["only_a"] - row["only_b"] + 1])
+        shares /= row["n"] + 2
         counts_R3 = generator.multinomial(row["n"], shares, size=resamples)
-        total += counts_R3[:, 0] - counts_R3[:, 1]
+        centre = row["n"] * (row["difference"] - (shares[0] - shares[1]))
+        total += counts_R3[:, 0] - counts_R3[:, 1] + centre
     return total / sum(row["n"] for row in rows)
 
 
@@ -136,4 +143,4 @@ def _sentence(verdict: str, evidence: Sequence[dict[str, Any]], contrast: dict[s
 
 
 def _points(fraction: float) -> str:
-    return f"{100 * fraction:+.1f}".replace("-", "−")
+    return f"{round(100 * fraction, 1) + 0.0:+.1f}".replace("-", "−")

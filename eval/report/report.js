@@ -241,7 +241,7 @@ function fillCategories(flips) {
   for (const level of DATA.levels.filter((each) => levels.has(each))) {
     const group = element("optgroup");
     group.label = levelName(level);
-    for (const [name, count] of [...levels.get(level)].sort()) {
+    for (const [name, count] of [...levels.get(level)].sort(([a], [b]) => DATA.categories.indexOf(a) - DATA.categories.indexOf(b))) {
       group.append(option(JSON.stringify([level, name]), `${plain(name)} (${count})`));
     }
     select.append(group);

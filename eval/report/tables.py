@@ -74,7 +74,7 @@ def headline(comparison: dict[str, Any]) -> str:
         "points"
     )
     if row["interval"] is None:
-        return f"{text}, without an interval: one group of questions, or all alike, says nothing about others."
+        return f"{text}, without an interval: so few groups of questions, or all alike, say nothing about others."
     text += f" (95 % interval {interval_text(row['interval'])}"
     text += f"; p {p_text(p_of(row))})" if p_of(row) is not None else ")"
     if row["ahead"] == "neither":
@@ -91,7 +91,7 @@ def _headline_of_many(a: str, b: str, rows: Sequence[dict[str, Any]]) -> str:
         if labels["neither"]
         else ""
     )
-    return f"{a} is ahead on {of_a}, {b} on {told['b']}{rest}."
+    return f"{a} is ahead on {of_a}, {b} on {told['b']}{rest}. Each is tested by itself at 5 %."
 
 
 def task_tables(comparison: dict[str, Any]) -> list[dict[str, Any]]:

@@ -161,6 +161,18 @@ def test_llava_rounds_are_read_under_the_letters_that_were_shown(
     assert scores_of("mmbench", answers.records)["overall"]["circular"] == 1.0
 
 
+def test_a_right_option_that_llava_took_for_an_empty_cell_counts_as_wrong(mmbench: SimpleNamespace, tmp_path: Path) -> None:
+    row = mmbench.rows()[0] | {"C": "None", "D": "", "answer": "C", "prediction": "A"}
+    questions = mmbench.write([row], tmp_path / "q.tsv")
+    rounds = [_llava(row, place, letters) for place, letters in enumerate((["A", "B"], ["B", "A"]))]
+    answers = read_answers(write_jsonl(tmp_path / "a.jsonl", rounds), questions=questions)
+    assert [record.score for record in answers.records] == [0.0, 0.0]
+    assert "The right option was not shown in 2 rows, first 1, which count as wrong" in answers.notes[1]
+    with pytest.raises(UserError, match="the right option C was not shown, but others under its letter: A, B, D"):
+        shifted = [_llava(row | {"D": "x"}, 0, ["A", "B", "D"])]
+        read_answers(write_jsonl(tmp_path / "b.jsonl", shifted), questions=mmbench.write([row | {"D": "x"}], questions))
+
+
 def test_static_rule_is_looser_than_the_exact_one() -> None:
     options = {"A": "red cube", "B": "blue sphere", "C": "green cone"}
     record = Record("mmbench", "1", "1", 0, {}, "q", options, ["B"], "Because of that", None, 0.0)
@@ -201,6 +213,32 @@ def test_other_benchmarks_tables(tmp_path: Path, capsys: pytest.CaptureFixture[s
     pd.DataFrame(judged).to_csv(tmp_path / "c.tsv", sep="\t", index=False)
     scores = scores_json(capsys, tmp_path / "c.tsv", "--task", "mathvista")
     assert scores["overall"]["accuracy"] == 0.5 and scores["notes"] == ["Open answers: scored by the column 'hit'."]
+    scores = scores_json(capsys, tmp_path / "c.tsv", "--task", "mathvista", "--questions", tmp_path)
+    assert scores["notes"][1] == "--questions is not used: tables of mathvista are read as they are."
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"answer": "['coca', 'cola']"}, "row 2: several answers in one cell, .* Add a column 'hit'"),
+        ({"g_index": 1, "index": "a1"}, "row 2: expected a number as index beside g_index, found 'a1'"),
+    ],
+)
+def test_tables_that_cannot_be_scored(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    row = {"index": 1, "question": "q", "answer": "coca", "prediction": "coca"} | changes
+    pd.DataFrame([row]).to_csv(tmp_path / "a.csv", index=False)
+    with pytest.raises(UserError, match=message):
+        read_answers(tmp_path / "a.csv", task="textvqa")
+
+
+def test_categories_have_their_official_names_and_order(mmbench: SimpleNamespace, tmp_path: Path) -> None:
+    rows = answered(mmbench)
+    for row in rows:
+        row["category"] = str(row["category"]).replace("_", " ").title()
+    pd.DataFrame(rows).drop(columns="image").to_excel(tmp_path / "a.xlsx", index=False)
+    scores = scores_of("mmbench", read_answers(tmp_path / "a.xlsx").records)
+    assert list(scores["l3"]) == ["object_localization", "attribute_recognition", "spatial_relationship"]
+    assert list(scores["l2"]) == ["finegrained_perception (instance-level)", "finegrained_perception (cross-instance)"]
 
 
 def test_samples_of_other_benchmarks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -212,6 +250,9 @@ def test_samples_of_other_benchmarks(tmp_path: Path, capsys: pytest.CaptureFixtu
     overall = scores_json(capsys, write_jsonl(tmp_path / "pope.jsonl", pope))["overall"]
     assert (overall["accuracy"], overall["f1"], overall["yes_ratio"]) == pytest.approx((2 / 3, 0.8, 1.0))
     gqa = [base | {"doc_id": 0, "target": "yes", "exact_match": 1.0}, base | {"doc_id": 1, "target": "no", "exact_match": 0.0}]
+    small = base | {"doc_id": 0, "target": "A", "filtered_resps": ["a"], "seed_all": {"pred": "a", "answer": "A"}}
+    assert scores_json(capsys, write_jsonl(tmp_path / "seed.jsonl", [small]))["overall"]["accuracy"] == 1.0
+    gqa[1]["some_count"] = 1
     path = write_jsonl(tmp_path / "gqa.jsonl", gqa)
     assert main(["score", str(path)]) == 2 and "Give --task" in capsys.readouterr().err
     scores = scores_json(capsys, path, "--task", "gqa")
@@ -281,6 +322,7 @@ def test_faulty_files_are_named(
         ('{"question_id": 1, "text": "A", "doc_id": 1, "target": "A"}', "may be llava or lmms_eval"),
         ('{"question_id": 1, "text": "A"}', "Give --questions"),
         ('{"question_id": 1', "expected one JSON object a line"),
+        ('{"doc_id": 0, "target": "A"}\n{"doc_id": 1}', "row 2: expected 'target' as in every row of the form lmms_eval"),
         ("index\tquestion\tA\tB\tanswer\tprediction\n", "expected an answer file or a table with rows"),
         ("index\tIndex\tprediction\n1\t2\tA\n", "expected each column once, found 'index' twice"),
         ("PK\x03\x04 no archive", "expected an answer file or a table with rows"),
@@ -319,7 +361,7 @@ def test_control_characters_are_kept_and_missing_passes_said(
     answers = read_answers(path)
     assert answers.records[1].response == rows[1]["prediction"] and "1 of 1 groups have fewer passes" in answers.notes[0]
     only_first = read_answers(write_jsonl(path, _samples(rows[:1])))
-    assert only_first.notes == ["Only first passes: circular accuracy is that of one pass, the same as vanilla."]
+    assert only_first.notes == ["mmbench: only first passes: circular accuracy is that of one pass, the same as vanilla."]
 
 
 def test_rules() -> None:

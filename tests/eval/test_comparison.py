@@ -220,12 +220,18 @@ def test_mme_score_by_hand() -> None:
     assert {row["measure"] for row in compare_records(a[:5], a[:5], resamples=100)["rows"]} == {"accuracy"}
 
 
+def test_few_clusters_have_a_test_but_no_interval() -> None:
+    five = paired_result([terms([1, 1, 1, 1, 0])], [terms([0] * 5)], np.arange(5), 100, 0)
+    assert (five.interval, five.p_value) == (None, 2 * 0.5**4)
+    assert paired_result([terms([1, 1, 1, 1, 0, 0])], [terms([0] * 6)], np.arange(6), 100, 0).interval is not None
+
+
 def test_exclusions_are_stated() -> None:
     a = groups([(True, True), (False, True), (True, True)])
     a[0:2] = [replace(record, categories={"l1": "reasoning", "l2": "alone"}) for record in a[0:2]]
     comparison = compare_records(a, a, resamples=100)
     said = {each["reason"].partition(":")[0]: (each["n"], each["first"]) for each in comparison["tasks"]["mmbench"]["excluded"]}
-    assert said["no l3 category"] == (2, "0") and said["l2 alone has one question or image"] == (2, "0")
+    assert said["no l3 category"] == (2, "0") and said["one question or image in l2 alone"] == (2, "0")
     alone = by_place(comparison)["l2", "alone"]
     assert (alone["n"], alone["interval"], alone["p_value"], alone["p_adjusted"]) == (1, None, None, None)
 
@@ -346,3 +352,7 @@ def test_runs_without_a_common_task_and_images_on_one_side(tmp_path: Path, capsy
     bare = [replace(row, images=[], group=row.key) for row in rows]
     for first, second in ((rows, bare), (bare, rows)):
         assert compare_records(first, second, resamples=100)["rows"][0]["clusters"] == 3
+    bare[5] = rows[5]
+    runs = [str(write_run(tmp_path / name, records)) for name, records in (("with", rows), ("without", bare))]
+    assert main(["compare", *runs, "--out", str(tmp_path / "d"), "--resamples", "100"]) == 0
+    assert "scienceqa: the images of 5 of 6 rows are not compared: not all runs name them." in capsys.readouterr().out

@@ -242,7 +242,7 @@ def test_two_encoders_compare_in_pairs(data: Path, capsys: Any) -> None:
     row = rows["retrieval/image_to_text_r1"]
     assert (row["value_a"], row["value_b"], row["only_a"], row["only_b"]) == (1.0, 0.25, 3, 0)
     assert row["p_value"] == pytest.approx(2 * 0.5**3) and row["p_holm"] >= row["p_value"]
-    assert row["interval"][0] <= 0.75 <= row["interval"][1]
+    assert row["interval"] is None, "four items are too few"
     median = rows["retrieval/image_to_text_median_rank"]
     assert median["p_value"] is None and median["difference"] < 0
     with (data / "c" / "comparison.csv").open(newline="") as file:

@@ -34,6 +34,7 @@ OPTIONS = {"A": "red cube", "B": "blue sphere", "C": "green cone"}
         ("a red cube and a blue sphere", None),  # two options
         ("it is the green cone, I think", "C"),
         ("A man stands next to the green cone", "C"),  # "A" is not among the last five words
+        ("Z. It is no red cube", None),  # as VLMEvalKit reads it: none of the options
         ("", None),
         ("I do not know", None),
         ("green cone " * 10, None),  # much longer than the options together

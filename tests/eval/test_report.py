@@ -153,6 +153,14 @@ def test_flips_come_in_turn_from_every_category_and_direction() -> None:
     assert len(order) == len(flips) and order[-1] == ("a", "x")
 
 
+def test_room_is_that_of_escaped_text(tmp_path: Path) -> None:
+    flip = {"task": "gqa", "right": "a", "categories": {}, "question": "<" * 500, "options": {}, "answer": [], "images": []}
+    flips = [flip | {"key": str(number), "passes": []} for number in range(20)]
+    with Thumbnails([tmp_path], ["gqa"]) as thumbnails:
+        shown = gallery(flips, thumbnails, None, 20_000)
+    assert 0 < len(json_block(shown.flips)) <= 20_000 and len(shown.flips) < 20
+
+
 def test_each_image_is_embedded_once_and_long_answers_are_cut(tmp_path: Path) -> None:
     pictures = dict(thumbnail(seed) for seed in range(2))
     images = list(pictures)
@@ -236,8 +244,15 @@ def test_the_papers_reading_by_hand() -> None:
     assert unsure["verdict"] == "undecided" and "80 % power" in unsure["sentence"]
     nothing = paper_reading(_comparison({INSTANCE: (30, 3, 1), COARSE: (30, 1, 1)}, {}), "mmbench")
     assert (nothing["verdict"], nothing["sentence"]) == ("not testable", "These questions have no relation reasoning.")
+    # few groups without a flip are no evidence of no gain, and equal runs no evidence of equality
+    few = paper_reading(_comparison({INSTANCE: (2, 0, 0), RELATION: (2, 0, 0), COARSE: (20, 8, 0)}, {}), "mmbench")
+    assert few["verdict"] == "undecided" and few["contrast"]["interval"][0] < -0.5 < 0 < few["contrast"]["interval"][1]
+    equal = paper_reading(_comparison({INSTANCE: (30, 0, 0), RELATION: (30, 0, 0), COARSE: (30, 0, 0)}, {}), "mmbench")
+    assert equal["contrast"]["interval"][0] < 0 < equal["contrast"]["interval"][1] and "80 % power" in equal["sentence"]
     several = _comparison({INSTANCE: (300, 40, 5), RELATION: (100, 20, 4), COARSE: (300, 10, 10)}, p, seeds={"runs_a": 3})
-    low, high = paper_reading(several, "mmbench")["contrast"]["interval"]
+    found = paper_reading(several, "mmbench")
+    assert found["rows"][2]["name"] == "both together" and found["rows"][2]["interval"] is None
+    low, high = found["contrast"]["interval"]
     half = 0.02 * ((0.75**2 + 0.25**2) + 1) ** 0.5
     assert (high - low) / 2 == pytest.approx(half, rel=0.05)
 
@@ -250,7 +265,8 @@ def test_headline_and_ahead_say_what_the_test_allows() -> None:
     assert "LIFT is ahead" in headline(names | {"rows": [row | {"p_value": 0.04}]})
     behind = row | {"task": "pope", "difference": -0.1, "interval": [-0.2, -0.01], "p_value": 0.04}
     text = headline(names | {"rows": [row | {"p_value": 0.5}, behind]})
-    assert text == "LIFT is ahead on none of 2 benchmarks, CLIP on 1 (POPE); GQA does not tell."
+    told = "LIFT is ahead on none of 2 benchmarks, CLIP on 1 (POPE); GQA does not tell."
+    assert text == f"{told} Each is tested by itself at 5 %."
     assert ahead(row | {"p_value": None}) == "a" and ahead(row | {"p_value": 0.01, "p_adjusted": 0.2}) == "neither"
 
 

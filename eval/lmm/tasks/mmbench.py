@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval.lmm.tasks.dataset import Table, task_source
 from eval.lmm.tasks.published import Published, Source
-from eval.mmbench import OPTION_LETTERS, ROTATION_STRIDE, TAXONOMY, parse_answer
+from eval.mmbench import OPTION_LETTERS, ROTATION_STRIDE, TAXONOMY, official_name, parse_answer
 from eval.records import Record
 from lift.common.errors import UserError
 from lift.common.files import require_file
@@ -45,8 +45,8 @@ def record(task: str, doc: Mapping[str, Any], response: str, images: Sequence[st
     """Categories are the official names; L2 and L1 that a row does not name follow from the official table."""
     its_options, index, hint = options(doc), int(doc["index"]), doc.get("hint")
     prediction = parse_answer(response, its_options)
-    l3 = doc.get("category")
-    l2 = doc.get("L2-category") or _L2_OF_L3.get(l3 or "")
+    l3 = official_name(doc.get("category") or "")
+    l2 = official_name(doc.get("L2-category") or "") or _L2_OF_L3.get(l3)
     levels = {"l1": _L1_OF_L2.get(l2 or ""), "l2": l2, "l3": l3}
     return Record(
         task=task,
