@@ -13,6 +13,7 @@ from eval.mmbench import OPTION_LETTERS, ROTATION_STRIDE, TAXONOMY, parse_answer
 from eval.records import Record
 from lift.common.errors import UserError
 
+YES_NO_TASKS = ("pope", "mme")
 L3_NAMES = {l3 for l2_names in TAXONOMY.values() for l3_names in l2_names.values() for l3 in l3_names}
 
 
@@ -76,7 +77,11 @@ def _any_benchmark(request: Request, cells: Sequence[dict[str, str]], task: str)
     letters = [name for name in cells[0] if len(name) == 1 and name.isupper()]
     yes_no = not letters and {row["answer"].strip().lower() for row in cells} <= {"yes", "no"}
     notes, splits = [], {row.get("split", "") for row in cells}
-    if not letters and not yes_no:
+    if task in YES_NO_TASKS and not yes_no:
+        raise UserError(f"{request.path}: expected the answers yes and no of {task}, found options or others. Check --task.")
+    if letters or yes_no:
+        notes.append("Scored by the options, by MMBench's rule." if letters else "Scored by yes and no.")
+    else:
         rule = "the column 'hit'" if "hit" in cells[0] else "equality with the answer, but for case and a final full stop"
         notes.append(f"Open answers: scored by {rule}.")
     records = []

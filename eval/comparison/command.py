@@ -119,10 +119,27 @@ def _cells(row: dict[str, Any]) -> tuple[object, ...]:
 def _notes(comparison: dict[str, Any], sides: list[list[tuple[Path, Answers]]]) -> list[str]:
     notes = [f"{path}: {note}" for side in sides for path, answers in side for note in answers.notes]
     for task, values in comparison["tasks"].items():
-        notes += [f"{task}: {each['reason']} ({each['n']} rows, first {each['first']})." for each in values["excluded"]]
+        notes += [f"{task}: {text}" for text in _spoken(values["excluded"])]
     if comparison["seeds"] is not None and comparison["seeds"]["warning"]:
         notes.append(f"Warning: {comparison['seeds']['warning']}")
     tasks = [{record.task for record in answers.records} for side in sides for _, answers in side]
     if left := sorted(set.union(*tasks) - set(comparison["tasks"])):
         notes.append(f"Not all runs have {', '.join(left)}.")
     return notes
+
+
+def _spoken(excluded: list[dict[str, Any]]) -> list[str]:
+    """A sentence a reason, and one for all categories that share it: a small sample has many of a single question."""
+    single: dict[str, list[str]] = {}
+    sentences = []
+    for each in excluded:
+        if each.get("category") is None:
+            sentences.append(f"{each['reason']} ({each['n']} rows, first {each['first']}).")
+        else:
+            single.setdefault(each["level"], []).append(each["category"])
+    for level, names in single.items():
+        sentences.append(
+            f"{len(names)} {level} categories have one question or image: no interval, no p, none of the adjusted tests "
+            f"({', '.join(names)})."
+        )
+    return sentences

@@ -90,7 +90,7 @@ def excluded(records: Sequence[Record]) -> list[dict[str, Any]]:
             if len(groups) == 1:
                 ((first, *others),) = groups.values()
                 reason = f"{level} {name} has one question or image: no interval, no p, none of the adjusted tests"
-                found.append({"reason": reason, "n": 1 + len(others), "first": first.key})
+                found.append({"reason": reason, "n": 1 + len(others), "first": first.key, "level": level, "category": name})
     return found
 
 

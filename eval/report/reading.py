@@ -102,9 +102,10 @@ def _evidence(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return evidence | dict.fromkeys(("interval", "p_value", "p_adjusted", "detectable"))
 
 
-def _interval(drawn: NDArray[np.float64]) -> list[float]:
+def _interval(drawn: NDArray[np.float64]) -> list[float] | None:
+    """None where no draw differs from another: as in the comparison, that shows no spread and no certainty."""
     low, high = np.percentile(drawn, [2.5, 97.5])
-    return [float(low), float(high)]
+    return [float(low), float(high)] if np.ptp(drawn) else None
 
 
 def _contrast(difference: float, drawn: NDArray[np.float64]) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def _contrast(difference: float, drawn: NDArray[np.float64]) -> dict[str, Any]:
 
 def _verdict(named: Sequence[dict[str, Any]], contrast: dict[str, Any]) -> str:
     clear = [row["p_adjusted"] is not None and row["p_adjusted"] < SIGNIFICANT for row in named]
-    low, high = contrast["interval"]
+    low, high = contrast["interval"] or (0.0, 0.0)
     if high < 0 or any(is_clear and row["difference"] < 0 for is_clear, row in zip(clear, named, strict=True)):
         return "not supported"
     return "supported" if low > 0 and all(clear) else "undecided"
@@ -122,11 +123,13 @@ def _verdict(named: Sequence[dict[str, Any]], contrast: dict[str, Any]) -> str:
 
 def _sentence(verdict: str, evidence: Sequence[dict[str, Any]], contrast: dict[str, Any], name_a: str) -> str:
     points = [_points(row["difference"]) for row in evidence]
-    low, high = map(_points, contrast["interval"])
+    interval = "no interval: no draw of these questions differs from another"
+    if contrast["interval"] is not None:
+        interval = "95 % interval {} to {}".format(*map(_points, contrast["interval"]))
     text = (
         f"{name_a} gains {points[0]} points in single-instance fine-grained perception and {points[1]} in relation reasoning; "
         f"both together {points[2]}, the other L2 categories {points[3]}: a contrast of {_points(contrast['difference'])} "
-        f"(95 % interval {low} to {high})."
+        f"({interval})."
     )
     if verdict == "undecided" and contrast["detectable"] is not None:
         text += (
