@@ -24,6 +24,7 @@ from lift.common.files import read_jsonl
 
 _OF_A_LAUNCHER = re.compile(r"RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|ACCELERATE_\w+")
 _ERROR_LINE = re.compile(r"^\S*(Error|Exception|Interrupt)\b.*")
+_LIBC = ctypes.CDLL(None)  # opened here: between fork and exec a lock of the loader may be held
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _SILENT_FAILURE = re.compile(r"Error (.*) in generating")
 
@@ -130,7 +131,7 @@ def _end_with_parent() -> None:
 
     Answers are appended batch by batch and a torn line is dropped, so that nothing is lost by it.
     """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _exit(status: int) -> str:

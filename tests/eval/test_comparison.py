@@ -15,6 +15,7 @@ from scipy.stats import binomtest
 from statsmodels.stats.multitest import multipletests
 
 from eval.__main__ import main
+from eval.comparison.command import _spoken
 from eval.comparison.flips import find_flips
 from eval.comparison.lmms import compare_records, compare_runs
 from eval.comparison.seeds import hierarchical_result
@@ -226,6 +227,9 @@ def test_exclusions_are_stated() -> None:
     comparison = compare_records(a, a, resamples=100)
     said = {each["reason"].partition(":")[0]: (each["n"], each["first"]) for each in comparison["tasks"]["mmbench"]["excluded"]}
     assert said["no l3 category"] == (2, "0") and said["l2 alone has one question or image"] == (2, "0")
+    assert any(
+        "1 l2 categories have one question or image" in text for text in _spoken(comparison["tasks"]["mmbench"]["excluded"])
+    )
     alone = by_place(comparison)["l2", "alone"]
     assert (alone["n"], alone["interval"], alone["p_value"], alone["p_adjusted"]) == (1, None, None, None)
 
@@ -307,6 +311,8 @@ def test_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["compare", str(run_a), str(run_b), "--out", str(out), "--resamples", "200", *more]) == 0
     assert "Warning: 2 and 2 runs" in capsys.readouterr().out
     assert read_json(out / "comparison.json")["rows"][0]["difference"] == 0
+    assert main(["compare", str(run_a), str(run_b), "--out", str(out), "--more_a", str(run_a), "--more_b", str(run_a)]) == 2
+    assert f"{run_a}: given twice for one model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_numbers_by_hand(written: Path) -> None:
 
 def test_several_runs_a_side_are_shown_one_by_one(written: Path, tmp_path: Path) -> None:
     a, b, out = str(written / "a"), str(written / "b"), tmp_path / "r.html"
-    seeds = ["--more_a", f"[{b}]", "--more_b", f"[{b}]"]
+    seeds = ["--more_a", str(b), "--more_b", str(a)]
     assert main(["report", a, b, "--out", str(out), "--resamples", "100", *seeds]) == 0
     page = out.read_text(encoding="utf-8")
     assert page.count("tell little about the spread between seeds") == 1 and "Welch&#39;s t over seeds" in page
@@ -236,6 +236,8 @@ def test_the_papers_reading_by_hand() -> None:
     assert unsure["verdict"] == "undecided" and "80 % power" in unsure["sentence"]
     nothing = paper_reading(_comparison({INSTANCE: (30, 3, 1), COARSE: (30, 1, 1)}, {}), "mmbench")
     assert (nothing["verdict"], nothing["sentence"]) == ("not testable", "These questions have no relation reasoning.")
+    alike = paper_reading(_comparison({INSTANCE: (30, 0, 0), RELATION: (10, 0, 0), COARSE: (30, 0, 0)}, {}), "mmbench")
+    assert alike["contrast"]["interval"] is None and alike["verdict"] == "undecided" and "no interval" in alike["sentence"]
     several = _comparison({INSTANCE: (300, 40, 5), RELATION: (100, 20, 4), COARSE: (300, 10, 10)}, p, seeds={"runs_a": 3})
     low, high = paper_reading(several, "mmbench")["contrast"]["interval"]
     half = 0.02 * ((0.75**2 + 0.25**2) + 1) ** 0.5
