@@ -8,5 +8,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 folder=runs/demo/llava_lift/stage2 data=runs/demo/world/mmbench.tsv
 if is_word "${1:-}"; then folder=$1; shift; else prepare_demo "tune LLaVA on LIFT"; fi
 if is_word "${1:-}"; then data=$1; shift; elif [ ! -f "$data" ]; then prepare_demo world; fi
-name=$(basename "$(dirname "$(realpath -m "$folder")")")_$(basename "$folder")_$(basename "${data%.tsv}")
+# named by the whole path: two models' folders are often called alike, and a run of another checkpoint is started anew
+name=$(realpath -m --relative-base="$PWD" "$folder" | sed 's#^/##; s#^runs/##; s#/#_#g')_$(basename "${data%.tsv}")
 run eval lmm "$folder" --tasks mmbench --data "$data" --out "runs/eval/$name" "$@"

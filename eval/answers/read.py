@@ -77,10 +77,23 @@ def _run_folder(path: Path, task: str | None) -> Answers:
     if task is not None:
         files = [file for file in files if file.parent.name == task]
     if not files:
-        wanted = f"{task}/{RECORDS_FILE}" if task else f"TASK/{RECORDS_FILE}"
-        raise UserError(f"{path}: expected a run folder of lift-eval lmm with {wanted}, found none. Check the path.")
+        raise _no_records(path, task)
     records = [record for file in files for record in _checked_records(file)]
     return Answers(records, "records", _check_rotations(path, records))
+
+
+def _no_records(path: Path, task: str | None) -> UserError:
+    wanted = f"{task}/{RECORDS_FILE}" if task else f"TASK/{RECORDS_FILE}"
+    there = sorted(file.parent.name for file in path.glob(f"*/{RECORDS_FILE}"))
+    begun = sorted(folder.name for folder in path.glob("*.unfinished"))
+    advice = "Check the path."
+    if there:
+        advice = f"It has {', '.join(there)}. Check --task."
+    elif (path / RECORDS_FILE).is_file():
+        advice = f"Give the run folder {path.parent} with --task {path.name}, or {path / RECORDS_FILE}."
+    if begun and (task is None or f"{task}.unfinished" in begun):
+        advice = f"The run was interrupted ({', '.join(begun)}): finish it with the same lift-eval lmm command."
+    return UserError(f"{path}: expected a run folder of lift-eval lmm with {wanted}, found none. {advice}")
 
 
 def _checked_records(file: Path) -> list[Record]:

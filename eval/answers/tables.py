@@ -13,6 +13,8 @@ from eval.mmbench import OPTION_LETTERS, ROTATION_STRIDE, is_official, parse_ans
 from eval.records import Record
 from lift.common.errors import UserError
 
+YES_NO_TASKS = ("pope", "mme")
+
 
 def read_answer_table(request: Request) -> tuple[list[Record], str, list[str]]:
     """Raises UserError for a missing column, or when neither the file nor --task says which benchmark it is."""
@@ -73,6 +75,8 @@ def _any_benchmark(request: Request, cells: Sequence[dict[str, str]], task: str)
             raise UserError(f"{request.path}: expected the column '{name}', found {', '.join(cells[0])}.")
     letters = [name for name in cells[0] if len(name) == 1 and name.isupper()]
     yes_no = not letters and {row["answer"].strip().lower() for row in cells} <= {"yes", "no"}
+    if task in YES_NO_TASKS and not yes_no:
+        raise UserError(f"{request.path}: expected the answers yes and no of {task}, found options or others. Check --task.")
     splits = {row.get("split", "") for row in cells}
     if letters:
         notes = [f"Scored by the options {', '.join(letters)}, with MMBench's rule."]

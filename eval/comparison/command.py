@@ -63,6 +63,9 @@ def compare_answers(settings: CompareSettings) -> tuple[dict[str, Any], list[dic
     Raises:
         UserError: a side cannot be read, or the runs are of different questions, or have no task in common.
     """
+    for paths in ([settings.run_a, *settings.more_a], [settings.run_b, *settings.more_b]):
+        if twice := [path for place, path in enumerate(paths) if path.resolve() in {p.resolve() for p in paths[:place]}]:
+            raise UserError(f"{twice[0]}: given twice for one model; a run counted twice is no other seed. Give each once.")
     sides = [
         [(path, read_answers(path, settings.format, settings.task, settings.questions)) for path in paths]
         for paths in ([settings.run_a, *settings.more_a], [settings.run_b, *settings.more_b])

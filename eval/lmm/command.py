@@ -108,6 +108,9 @@ def _run_process(
         entry = {"name": task.name, "folder": str(folder.resolve()), "likelihood": settings.likelihood}
         job[task.lmms_task] = entry | {"max_new_tokens": wanted[task.name]["max_new_tokens"]}
     write_json(work / "job.json", job)
+    print(
+        f"{out}: lmms-eval loads the model for {', '.join(task.name for task in tasks)}; its output goes to {log}.", flush=True
+    )
     command = run_lmms_eval(
         list(job),
         settings.folder,

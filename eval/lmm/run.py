@@ -6,6 +6,7 @@ for done before it has found every row's answer.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 import shlex
@@ -23,6 +24,8 @@ from lift.common.files import read_jsonl
 
 _OF_A_LAUNCHER = re.compile(r"RANK|LOCAL_RANK|WORLD_SIZE|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|ACCELERATE_\w+")
 _ERROR_LINE = re.compile(r"^\S*(Error|Exception|Interrupt)\b.*")
+_LIBC = ctypes.CDLL(None)  # opened here: between fork and exec a lock of the loader may be held
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _SILENT_FAILURE = re.compile(r"Error (.*) in generating")
 
 
@@ -102,7 +105,13 @@ def _run(command: list[str], folder: Path, log: Path, from_hub: bool) -> None:
     log.unlink(missing_ok=True)
     with log.open("ab", buffering=0) as file:  # appended to by lmms-eval (its log) and by us (its progress bars and tracebacks)
         process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.PIPE
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.PIPE,
+            preexec_fn=_end_with_parent,
         )
         try:
             assert process.stderr is not None
@@ -115,6 +124,14 @@ def _run(command: list[str], folder: Path, log: Path, from_hub: bool) -> None:
     if status != 0:
         advice = " Without --data the data sets come from the hub, which must be reachable." if from_hub else ""
         raise UserError(f"lmms-eval failed ({_exit(status)}): {_last_error(log)} Its full output is in {log}.{advice}")
+
+
+def _end_with_parent() -> None:
+    """In the new process: it is killed when the one that started it is, by whatever signal, and so frees the device at once.
+
+    Answers are appended batch by batch and a torn line is dropped, so that nothing is lost by it.
+    """
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _exit(status: int) -> str:

@@ -78,7 +78,11 @@ def _check_same(settings: StockSettings, against: Path, run: dict[str, Any], tas
     pairs += [(f"data_hash of {t.name}", data_hash(settings.data, t), run["tasks"][t.name]["data_hash"]) for t in tasks]
     for key, value, found in pairs:
         if value != found:
-            raise UserError(f"{against}: expected a run with {key} {value}, found {found}. Make it again with lift-eval lmm.")
+            whose = f"{settings.folder} has {value}" if key == "model_hash" else f"here it is {value}"
+            raise UserError(
+                f"{against}: is a run with another {key}: {found}, but {whose}. Give the folder and data of that run, or make "
+                "it again with lift-eval lmm."
+            )
 
 
 def _compare(

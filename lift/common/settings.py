@@ -18,6 +18,7 @@ import re
 import typing
 from collections import deque
 from pathlib import Path
+from types import UnionType
 from typing import Any, TypeVar
 
 import yaml
@@ -96,9 +97,9 @@ def check_keys(settings_class: type, values: dict[str, Any], where: str, prefix:
                 check_keys(nested, item, where, f"{prefix}{key}.")
 
 
-def nearest(name: str, valid: list[str]) -> str:
+def nearest(name: str, valid: list[str], what: str = "keys") -> str:
     matches = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
-    return f"Did you mean '{matches[0]}'?" if matches else f"Valid keys: {', '.join(sorted(valid))}."
+    return f"Did you mean '{matches[0]}'?" if matches else f"Valid {what}: {', '.join(sorted(valid))}."
 
 
 def save_settings(settings: Any, path: Path) -> None:
@@ -172,7 +173,13 @@ def _write_out(settings_class: type, arguments: list[str]) -> list[str]:
         elif not equals and annotation is not None and waiting and not waiting[0].startswith("--"):
             equals, value = "=", waiting.popleft()
         nested = _dataclass_in(annotation)
-        if not equals or nested is None:
+        if equals and (choices := _choices(annotation)) and value not in choices:
+            raise UserError(f"--{option}: unknown value '{value}'. {nearest(value, choices, 'values')}")
+        if equals and annotation == list[Path]:  # one path is a list of one; repeated, they add up
+            value = value if value[:1] == "[" else json.dumps([value])
+            written.append(f"--{name}{'+' if name in lists else plus}={value}")
+            lists.add(name)
+        elif not equals or nested is None:
             written.append(f"--{name}{plus}{equals}{value}")
         elif typing.get_origin(annotation) is list:
             written.append(f"--{name}{'+' if name in lists else plus}={_keys_of(nested, option, value)}")
@@ -256,6 +263,19 @@ def _type_of(settings_class: type, name: str) -> Any:
     annotation = _field_types(settings_class).get(first)
     nested = _dataclass_in(annotation)
     return _type_of(nested, rest) if rest and nested is not None else annotation if not rest else None
+
+
+def _choices(annotation: Any) -> list[str]:
+    """The strings of `Literal[...]` or `Literal[...] | None`, `null` among them for None; nothing for other types."""
+    choices: list[str] = []
+    for part in typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, UnionType) else (annotation,):
+        if part is type(None):
+            choices.append("null")
+        elif typing.get_origin(part) is typing.Literal and all(isinstance(value, str) for value in typing.get_args(part)):
+            choices += typing.get_args(part)
+        else:
+            return []
+    return choices
 
 
 def _dataclass_in(annotation: Any) -> type | None:

@@ -347,8 +347,17 @@ def test_formats_and_folders_that_do_not_fit(tmp_path: Path, mmbench: SimpleName
     with pytest.raises(UserError, match=r"with TASK/records\.jsonl, found none"):
         read_answers(tmp_path)
     as_records(answered(mmbench), questions_tsv, tmp_path / "run")
-    with pytest.raises(UserError, match=r"with pope/records\.jsonl, found none"):
+    with pytest.raises(UserError, match=r"with pope/records\.jsonl, found none\. It has mmbench"):
         read_answers(tmp_path / "run", task="pope")
+    with pytest.raises(UserError, match=r"Give the run folder .* with --task mmbench"):
+        read_answers(tmp_path / "run" / "mmbench")
+    (tmp_path / "stopped" / "mmbench.unfinished").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"interrupted \(mmbench\.unfinished\)"):
+        read_answers(tmp_path / "stopped")
+    table = mmbench.write(answered(mmbench), tmp_path / "answers.tsv")
+    with pytest.raises(UserError, match="the answers yes and no of pope"):
+        read_answers(table, task="pope")
+    assert "by MMBench's rule" in read_answers(table, task="ai2d").notes[0]
     assert len(read_answers(tmp_path / "run" / "mmbench" / "records.jsonl").records) == 12
 
 

@@ -313,6 +313,8 @@ def test_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFix
     assert main(["compare", str(run_a), str(run_b), "--out", str(out), "--resamples", "200", *more]) == 0
     assert "Warning: 2 and 2 runs" in capsys.readouterr().out
     assert read_json(out / "comparison.json")["rows"][0]["difference"] == 0
+    assert main(["compare", str(run_a), str(run_b), "--out", str(out), "--more_a", str(run_a), "--more_b", str(run_a)]) == 2
+    assert f"{run_a}: given twice for one model" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def test_numbers_by_hand(written: Path) -> None:
 
 def test_several_runs_a_side_are_shown_one_by_one(written: Path, tmp_path: Path) -> None:
     a, b, out = str(written / "a"), str(written / "b"), tmp_path / "r.html"
-    seeds = ["--more_a", f"[{b}]", "--more_b", f"[{b}]"]
+    seeds = ["--more_a", str(b), "--more_b", str(a)]
     assert main(["report", a, b, "--out", str(out), "--resamples", "100", *seeds]) == 0
     page = out.read_text(encoding="utf-8")
     assert page.count("tell little about the spread between seeds") == 1 and "Welch&#39;s t over seeds" in page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -187,3 +188,20 @@ def test_each_fault_of_the_command_line_is_one_message(arguments: list[str], mes
         parse_embed("--out", "store", *arguments)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_list_of_paths_takes_one_path_and_grows_when_repeated() -> None:
+    @dataclass
+    class Runs:
+        """Runs."""
+
+        more: list[Path]
+        """Folders."""
+        form: Literal["table", "records"] | None = None
+        """Form."""
+
+    for arguments in (["--more", "a", "--more", "b"], ["--more", "[a,b]"], ["--more", '["a"]', "--more=b"]):
+        assert parse_settings(Runs, arguments, "lift", "").more == [Path("a"), Path("b")]
+    assert parse_settings(Runs, ["--more", "a", "--form", "null"], "lift", "").form is None
+    with pytest.raises(UserError, match=r"--form: unknown value 'tabel'\. Did you mean 'table'\?"):
+        parse_settings(Runs, ["--more", "a", "--form", "tabel"], "lift", "")

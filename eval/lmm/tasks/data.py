@@ -20,7 +20,10 @@ def data(settings: DataSettings) -> None:
     rows = write_tables(published.tables, out)[0]
     for sentence in published.left_out:
         print(f"{settings.source}: {sentence}")
-    print(f"{out}: {rows} rows for lmms-eval's task {task.lmms_task}; run it in this folder with HF_HUB_OFFLINE=1.")
+    print(
+        f"{out}: {rows} rows of {task.name} (lmms-eval's {task.lmms_task}). "
+        f"Next: lift-eval lmm FOLDER --tasks {task.name} --data {out} --out RUN"
+    )
 
 
 def _task(settings: DataSettings) -> LmmTask:

@@ -136,7 +136,9 @@ def with_images(
     if not missing:
         return rows, []
     told = f"{len(missing)} of {len(rows)} questions have no image file, the first {missing[0][key]}: {missing[0][image]}"
-    if len(missing) == len(rows) or not source.allow_missing:
+    if len(missing) == len(rows):
+        raise UserError(f"{source.path}: {told}. Check --images.")
+    if not source.allow_missing:
         raise UserError(f"{source.path}: {told}. Check --images, or leave such questions out with --allow_missing.")
     gone = set(map(id, missing))
     return [row for row in rows if id(row) not in gone], [f"Left out: {told}."]
