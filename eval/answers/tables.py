@@ -79,7 +79,7 @@ def _any_benchmark(request: Request, cells: Sequence[dict[str, str]], task: str)
         raise UserError(f"{request.path}: expected the answers yes and no of {task}, found options or others. Check --task.")
     splits = {row.get("split", "") for row in cells}
     if letters:
-        notes = [f"Scored by the options {', '.join(letters)}, with MMBench's rule."]
+        notes = [f"Scored by the options {', '.join(sorted(letters))}, with MMBench's rule."]
     elif yes_no:
         notes = ["Scored by the one word of yes and no that stands in the prediction."]
     else:

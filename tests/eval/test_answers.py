@@ -357,7 +357,7 @@ def test_formats_and_folders_that_do_not_fit(tmp_path: Path, mmbench: SimpleName
     table = mmbench.write(answered(mmbench), tmp_path / "answers.tsv")
     with pytest.raises(UserError, match="the answers yes and no of pope"):
         read_answers(table, task="pope")
-    assert "by MMBench's rule" in read_answers(table, task="ai2d").notes[0]
+    assert "with MMBench's rule" in read_answers(table, task="ai2d").notes[0]
     assert len(read_answers(tmp_path / "run" / "mmbench" / "records.jsonl").records) == 12
 
 
