@@ -16,6 +16,7 @@ from typing import Any
 
 from eval.answers.score import scores_of, scores_table
 from eval.lmm.data import chosen_tasks, data_hash, data_rows, link_data
+from eval.lmm.likelihood import why_not
 from eval.lmm.run import run_lmms_eval
 from eval.lmm.run_folder import (
     RUN_FILE,
@@ -43,7 +44,13 @@ def lmm(settings: LmmSettings) -> None:
     tasks = chosen_tasks(settings.tasks, settings.data)
     check_run_folder(out)
     run = run_identity(settings.folder, settings.device, settings.dtype)
-    wanted = {task.name: _task_identity(task, settings) for task in tasks}
+    likelihood = settings.likelihood
+    if likelihood is None:
+        reason = why_not(settings.folder)
+        likelihood = not reason
+        if reason:
+            print(f"{settings.folder}: no likelihood scoring, {reason}.")
+    wanted = {task.name: _task_identity(task, settings, likelihood) for task in tasks}
     with locked_folder(out):
         shutil.rmtree(out / SCRATCH, ignore_errors=True)
         finished = earlier_tasks(out, run, wanted)
@@ -79,7 +86,7 @@ def run_identity(folder: Path, device: str, dtype: str) -> dict[str, Any]:
     }
 
 
-def _task_identity(task: LmmTask, settings: LmmSettings) -> dict[str, Any]:
+def _task_identity(task: LmmTask, settings: LmmSettings, likelihood: bool) -> dict[str, Any]:
     # Batch size is no part of it: after running out of memory, a run goes on in smaller batches.
     data = f"hub: {task_source(task.lmms_task).repository}" if settings.data is None else str(settings.data.resolve())
     return {
@@ -87,7 +94,7 @@ def _task_identity(task: LmmTask, settings: LmmSettings) -> dict[str, Any]:
         "data": data,
         "data_hash": data_hash(settings.data, task),
         "max_new_tokens": settings.max_new_tokens or task.max_new_tokens,
-        "likelihood": settings.likelihood,
+        "likelihood": likelihood,
     }
 
 
@@ -105,7 +112,7 @@ def _run_process(
         identity = {key: run[key] for key in ("model_hash", "gen", "versions")} | wanted[task.name]
         del identity["data"]  # where it is does not matter
         folder = open_unfinished(out, task.name, identity)
-        entry = {"name": task.name, "folder": str(folder.resolve()), "likelihood": settings.likelihood}
+        entry = {"name": task.name, "folder": str(folder.resolve()), "likelihood": wanted[task.name]["likelihood"]}
         job[task.lmms_task] = entry | {"max_new_tokens": wanted[task.name]["max_new_tokens"]}
     write_json(work / "job.json", job)
     print(
@@ -145,6 +152,7 @@ def _command(settings: LmmSettings, tasks: Sequence[LmmTask]) -> str:
     parts = ["lift-eval", "lmm", str(settings.folder), "--tasks", ",".join(task.name for task in tasks)]
     parts += [] if settings.data is None else ["--data", str(settings.data)]
     parts += ["--out", str(settings.out), "--dtype", settings.dtype, "--device", settings.device]
-    parts += ["--batch_size", str(settings.batch_size), "--likelihood", str(settings.likelihood).lower()]
+    parts += ["--batch_size", str(settings.batch_size)]
+    parts += [] if settings.likelihood is None else ["--likelihood", str(settings.likelihood).lower()]
     parts += [] if settings.max_new_tokens is None else ["--max_new_tokens", str(settings.max_new_tokens)]
     return shlex.join(parts)

@@ -7,10 +7,11 @@ parsed: the answer is the letter with the highest probability.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LogitsProcessor
+from transformers import AutoProcessor, LogitsProcessor
 
 from eval.records import Likelihood
 from lift.common.errors import UserError
@@ -56,6 +57,20 @@ def letter_tokens(tokenizer: Any, prompt: str, answered: str, letters: Sequence[
             f"the tokens {following}. Leave it out with --likelihood false."
         )
     return ids
+
+
+def why_not(folder: Path) -> str:
+    """Why the option letters of the LLaVA model in `folder` cannot be scored, in a few words; empty when they can."""
+    processor = AutoProcessor.from_pretrained(folder, backend="pil", local_files_only=True, trust_remote_code=False)
+    question = {"role": "user", "content": [{"type": "text", "text": "Which?\nA. one\nB. two"}]}
+    answer = {"role": "assistant", "content": [{"type": "text", "text": "A"}]}
+    prompt = processor.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+    answered = processor.apply_chat_template([question, answer], tokenize=False)
+    try:
+        letter_tokens(processor.tokenizer, prompt, answered, "ABCD")
+    except UserError:
+        return "its tokenizer makes several tokens of an option letter"
+    return ""
 
 
 def log_probabilities(logits: torch.Tensor, ids: dict[str, list[int]]) -> dict[str, float]:

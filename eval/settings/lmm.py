@@ -59,8 +59,9 @@ class LmmSettings:
     """Questions answered at a time."""
     max_new_tokens: int | None = None
     """Longest answer in tokens; left out, each task's own (16 for a letter, word or phrase)."""
-    likelihood: bool = True
-    """Score the option letters of multiple-choice questions by their probability, too."""
+    likelihood: bool | None = None
+    """Score the option letters of multiple-choice questions by their probability, too; left out, wherever the model's tokenizer
+    makes one token of a letter, and said where it does not."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the weights; `auto` is float32 on a CPU and the folder's own format on a GPU."""
     device: str = "auto"
