@@ -32,6 +32,7 @@ from lift.common.files import read_json, write_json
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 TASK = LMM_TASKS["mmbench"].lmms_task
+SECRET = "hf_tokenOfNobody"
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +46,17 @@ def data_folder(questions_tsv: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def run_folder(tiny_llava: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "run"
+    out = tmp_path_factory.mktemp("runs, all") / "run"  # lmms-eval splits its arguments at commas
     arguments = ["lmm", str(tiny_llava), "--tasks", "mmbench,mmbench_cn", "--data", str(data_folder), "--out", str(out)]
-    assert main([*arguments, "--batch_size", "5"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", SECRET)
+        assert main([*arguments, "--batch_size", "5"]) == 0
     return out
+
+
+def test_a_token_of_the_hub_is_in_no_kept_file(run_folder: Path) -> None:
+    files = [path for path in run_folder.rglob("*") if path.is_file()]
+    assert len(files) > 6 and not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
 def test_run_folder_is_complete(mmbench: SimpleNamespace, run_folder: Path) -> None:
