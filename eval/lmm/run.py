@@ -12,8 +12,10 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -105,7 +107,8 @@ def _run(command: list[str], folder: Path, log: Path, from_hub: bool) -> None:
         environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str((folder / "datasets_cache").resolve())}
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
-    with log.open("ab", buffering=0) as file:  # appended to by lmms-eval (its log) and by us (its progress bars and tracebacks)
+    # lmms-eval appends its log, and we its progress bars and tracebacks
+    with _unwound_by_sigterm(), log.open("ab", buffering=0) as file:
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.PIPE
         )
@@ -120,6 +123,23 @@ def _run(command: list[str], folder: Path, log: Path, from_hub: bool) -> None:
     if status != 0:
         advice = " Without --data the data sets come from the hub, which must be reachable." if from_hub else ""
         raise UserError(f"lmms-eval failed ({_exit(status)}): {_last_error(log)} Its full output is in {log}.{advice}")
+
+
+@contextmanager
+def _unwound_by_sigterm() -> Iterator[None]:
+    """SIGTERM would end this process alone, and leave lmms-eval's on the GPU."""
+
+    def end(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # handlers are the main thread's
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _exit(status: int) -> str:

@@ -234,6 +234,20 @@ def test_adding_a_language_changes_no_data_hash(questions_tsv: Path, tmp_path: P
     assert before == data_hash(tmp_path, english) and data_hash(tmp_path, chinese) != before
 
 
+def test_sigterm_ends_lmms_eval_too(tmp_path: Path) -> None:
+    script = "from eval.lmm.run import _run; from pathlib import Path; import sys; "
+    script += '_run([sys.executable, \'-c\', \'import time, os; open("pid", "w").write(str(os.getpid())); '
+    script += "os.rename(\"pid\", \"started\"); time.sleep(60)'], Path('.'), Path('log'), False)"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment)
+    while process.poll() is None and not (tmp_path / "started").is_file():
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait() == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "started").read_text()), 0)
+
+
 def test_answers_survive_a_kill_and_have_one_writer(tmp_path: Path) -> None:
     answers = [Answer(n, {"question": "é\u2028"}, ["a"], "p", f"answer {n}\n", {"A": -1.5}, 0.5) for n in range(3)]
     with open_answers(tmp_path) as file:
