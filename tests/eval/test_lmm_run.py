@@ -24,6 +24,7 @@ from eval.lmm import stock
 from eval.lmm.answers import ANSWERS_FILE, Answer, open_answers, read_answers, without_images
 from eval.lmm.data import data_hash
 from eval.lmm.plugin import clean_answer
+from eval.lmm.run_folder import check_run_folder
 from eval.lmm.tasks import LMM_TASKS, image_hash
 from eval.records import read_records
 from lift.common.errors import UserError
@@ -232,6 +233,15 @@ def test_adding_a_language_changes_no_data_hash(questions_tsv: Path, tmp_path: P
     before = data_hash(tmp_path, english)
     chinese.convert(questions_tsv, tmp_path)
     assert before == data_hash(tmp_path, english) and data_hash(tmp_path, chinese) != before
+
+
+def test_a_run_killed_before_its_first_answer_may_begin_again(tmp_path: Path) -> None:
+    (tmp_path / "scratch.partial").mkdir()
+    (tmp_path / ".lock").touch()
+    check_run_folder(tmp_path)
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match="found other files"):
+        check_run_folder(tmp_path)
 
 
 def test_sigterm_ends_lmms_eval_too(tmp_path: Path) -> None:
