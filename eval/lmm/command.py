@@ -20,6 +20,7 @@ from eval.lmm.likelihood import why_not
 from eval.lmm.run import run_lmms_eval
 from eval.lmm.run_folder import (
     RUN_FILE,
+    SCRATCH,
     check_run_folder,
     drop_unfinished,
     earlier_tasks,
@@ -34,7 +35,6 @@ from lift.common.files import LOCK_FILE, locked_folder, sha256_folder, write_jso
 from lmm.inference import check_is_llava, number_format, torch_device
 
 PACKAGES = ("lmms-eval", "transformers", "torch")
-SCRATCH = "scratch.partial"
 
 
 def lmm(settings: LmmSettings) -> None:

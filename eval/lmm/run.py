@@ -49,7 +49,7 @@ def run_lmms_eval(
 
     Args:
         work: existing folder in which the process runs; offline it holds the data sets (see `eval.lmm.data.link_data`).
-        outputs: folder for lmms-eval's outputs.
+        outputs: folder for lmms-eval's outputs, inside `work`.
         log: file for everything lmms-eval prints; it outlives a failed run.
         dtype: `auto`, `float32` or `bfloat16`; device: `cpu`, `cuda`, ...
         from_hub: the data sets may come from the hub and the user's own cache.
@@ -68,7 +68,9 @@ def run_lmms_eval(
     command += ["--batch_size", str(batch_size), "--device", device]
     command += [] if max_new_tokens is None else ["--gen_kwargs", f"max_new_tokens={max_new_tokens}"]
     # DEBUG is the only level at which lmms-eval lets an error end the process with a traceback and a failing status.
-    command += ["--output_path", str(outputs.resolve()), "--log_samples", "--verbosity", "DEBUG"]
+    # Relative to `work`, for lmms-eval splits this at commas too.
+    relative = os.path.relpath(outputs.resolve(), work.resolve())
+    command += ["--output_path", relative, "--log_samples", "--verbosity", "DEBUG"]
     command += ["--predict_only"] if answers_only else []
     _run(command, work, log, from_hub)
     if silent := _SILENT_FAILURE.search(log.read_text(encoding="utf-8", errors="replace")):
@@ -98,12 +100,16 @@ def _run(command: list[str], folder: Path, log: Path, from_hub: bool) -> None:
     # One process, whatever this one is part of: lmms-eval would take the variables of a launcher or a training for its own.
     environment = {name: value for name, value in os.environ.items() if not _OF_A_LAUNCHER.fullmatch(name)}
     environment |= {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    # lmms-eval prints HF_TOKEN, and its output is kept; the hub's library takes the token by its older name as well.
+    if token := environment.pop("HF_TOKEN", None):
+        environment["HUGGING_FACE_HUB_TOKEN"] = token
     if not from_hub:
         # The cache does not notice changed data, so each run has its own.
         environment |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str((folder / "datasets_cache").resolve())}
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
-    with log.open("ab", buffering=0) as file:  # appended to by lmms-eval (its log) and by us (its progress bars and tracebacks)
+    # lmms-eval appends its log, and we its progress bars and tracebacks
+    with log.open("ab", buffering=0) as file:
         process = subprocess.Popen(
             command,
             cwd=folder,

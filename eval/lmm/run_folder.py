@@ -19,10 +19,11 @@ from eval.lmm.run import read_samples
 from eval.lmm.tasks import LmmTask
 from eval.records import RECORDS_FILE, Record, read_records, write_records
 from lift.common.errors import UserError
-from lift.common.files import atomic_folder, check_output_folder, read_json, sha256_text, write_json
+from lift.common.files import LOCK_FILE, atomic_folder, check_output_folder, read_json, sha256_text, write_json
 
 RUN_FILE = "run.json"
 UNFINISHED = ".unfinished"
+SCRATCH = "scratch.partial"
 THUMBNAILS_FILE = "thumbnails.zip"
 _IDENTITY_FILE = "identity.json"
 _OF_RUN = ("model_hash", "gen", "versions")
@@ -31,7 +32,10 @@ _OF_TASK = ("lmms_task", "data_hash", "max_new_tokens", "likelihood")
 
 def check_run_folder(out: Path) -> None:
     """Raises UserError when `out` holds something other than a run, finished or not."""
-    if not any(out.glob(f"*{UNFINISHED}")):
+    names = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    # a kill before the first answer, while the data are written, leaves these two
+    only_begun = bool(names) and names <= {LOCK_FILE, SCRATCH}
+    if not only_begun and not any(name.endswith(UNFINISHED) for name in names):
         check_output_folder(out, RUN_FILE)
 
 

@@ -24,6 +24,7 @@ from eval.lmm import stock
 from eval.lmm.answers import ANSWERS_FILE, Answer, open_answers, read_answers, without_images
 from eval.lmm.data import data_hash
 from eval.lmm.plugin import clean_answer
+from eval.lmm.run_folder import check_run_folder
 from eval.lmm.tasks import LMM_TASKS, image_hash
 from eval.records import read_records
 from lift.common.errors import UserError
@@ -32,6 +33,7 @@ from lift.common.files import read_json, write_json
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 TASK = LMM_TASKS["mmbench"].lmms_task
+SECRET = "hf_tokenOfNobody"
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +47,17 @@ def data_folder(questions_tsv: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def run_folder(tiny_llava: Path, data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("runs") / "run"
+    out = tmp_path_factory.mktemp("runs, all") / "run"  # lmms-eval splits its arguments at commas
     arguments = ["lmm", str(tiny_llava), "--tasks", "mmbench,mmbench_cn", "--data", str(data_folder), "--out", str(out)]
-    assert main([*arguments, "--batch_size", "5"]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_TOKEN", SECRET)
+        assert main([*arguments, "--batch_size", "5"]) == 0
     return out
+
+
+def test_a_token_of_the_hub_is_in_no_kept_file(run_folder: Path) -> None:
+    files = [path for path in run_folder.rglob("*") if path.is_file()]
+    assert len(files) > 6 and not [path for path in files if SECRET.encode() in path.read_bytes()]
 
 
 def test_run_folder_is_complete(mmbench: SimpleNamespace, run_folder: Path) -> None:
@@ -224,6 +233,31 @@ def test_adding_a_language_changes_no_data_hash(questions_tsv: Path, tmp_path: P
     before = data_hash(tmp_path, english)
     chinese.convert(questions_tsv, tmp_path)
     assert before == data_hash(tmp_path, english) and data_hash(tmp_path, chinese) != before
+
+
+def test_a_run_killed_before_its_first_answer_may_begin_again(tmp_path: Path) -> None:
+    (tmp_path / "scratch.partial").mkdir()
+    (tmp_path / ".lock").touch()
+    check_run_folder(tmp_path)
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(UserError, match="found other files"):
+        check_run_folder(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_ends_lmms_eval_too(number: int, tmp_path: Path) -> None:
+    script = "from eval.lmm.run import _run; from pathlib import Path; import sys; "
+    script += '_run([sys.executable, \'-c\', \'import time, os; open("pid", "w").write(str(os.getpid())); '
+    script += "os.rename(\"pid\", \"started\"); time.sleep(1000)'], Path('.'), Path('log'), False)"
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    process = subprocess.Popen([sys.executable, "-c", script], cwd=tmp_path, env=environment)
+    while process.poll() is None and not (tmp_path / "started").is_file():
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait() == -number
+    state = Path("/proc") / (tmp_path / "started").read_text() / "stat"
+    while state.is_file() and state.read_text().rpartition(")")[2].split()[0] not in "ZX":
+        time.sleep(0.01)  # for ever, were it to go on
 
 
 def test_answers_survive_a_kill_and_have_one_writer(tmp_path: Path) -> None:
