@@ -29,7 +29,9 @@ from eval.lmm.image_features import ImageFeatures
 from eval.lmm.likelihood import FirstStep, letter_tokens, log_probabilities
 from eval.lmm.plugin import PROGRESS, clean_answer
 from eval.lmm.tasks import LMM_TASKS, LmmTask, image_hash
+from lift.common.errors import UserError
 from lift.common.files import read_json, write_json
+from lmm.folders import context_length
 from lmm.inference import check_is_llava, end_tokens, load_whole
 
 _LENGTH_STEP = 32
@@ -50,6 +52,8 @@ class TaskJob:
 class Row(NamedTuple):
     """A request, rendered."""
 
+    name: str
+    """For messages."""
     prompt: str
     images: list[tuple[str, Image.Image]]
     """Content hash and image."""
@@ -209,6 +213,7 @@ class LiftLlava(lmms):
             parts = [row.prompt.split(image_token) for row in rows]
             prompts = [first + "".join(image_token * next(lengths) + text for text in following) for first, *following in parts]
             inputs = tokenizer(prompts, padding=True, return_tensors="pt").to(self.device)
+            self._require_positions(rows, inputs["attention_mask"].sum(1).tolist())
             embeds_BTD = self.model.get_input_embeddings()(inputs["input_ids"])
             if features:
                 is_image_BT1 = (inputs["input_ids"] == self.model.config.image_token_id).unsqueeze(-1)
@@ -230,22 +235,32 @@ class LiftLlava(lmms):
             for text, row, logits in zip(texts, rows, first_step.logits, strict=True)
         ]
 
+    def _require_positions(self, rows: Sequence[Row], lengths: Sequence[int]) -> None:
+        positions = context_length(self.model.config.text_config)
+        for row, length in zip(rows, lengths, strict=True):
+            if length >= positions:
+                raise UserError(
+                    f"{row.name}: the prompt has {length} tokens, but the language model has {positions} positions, and the "
+                    "answer needs some of them. Take the row out of the data, or a language model of longer context."
+                )
+
     def _render(self, request: Instance, doc: dict[str, Any], job: TaskJob | None) -> Row:
         _, doc_to_messages, _, doc_id, task, split = request.args
+        name = f"task {task}, document {doc_id}"
         messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][doc_id]))
         images, videos, audios = messages.extract_media()
         if videos or audios:
-            raise ValueError(f"task {task}, document {doc_id}: LLaVA takes text and images, found video or audio")
+            raise ValueError(f"{name}: LLaVA takes text and images, found video or audio")
         hf_messages = messages.to_hf_messages()
         prompt = self.processor.apply_chat_template(hf_messages, tokenize=False, add_generation_prompt=True)
         if prompt.count(self.processor.image_token) != len(images):
-            raise ValueError(f"task {task}, document {doc_id}: the prompt has another number of image tokens than images")
+            raise ValueError(f"{name}: the prompt has another number of image tokens than images")
         letters: dict[str, list[int]] = {}
         if job is not None and job.likelihood and (wanted := job.task.letters(doc)):
             answer = {"role": "assistant", "content": [{"type": "text", "text": wanted[0]}]}
             answered = self.processor.apply_chat_template([*hf_messages, answer], tokenize=False)
             letters = letter_tokens(self.processor.tokenizer, prompt, answered, wanted)
-        return Row(prompt, [(image_hash(image), image) for image in images], letters)
+        return Row(name, prompt, [(image_hash(image), image) for image in images], letters)
 
 
 def _docs_without_images(docs: Any) -> Any:

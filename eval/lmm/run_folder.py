@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -119,7 +120,7 @@ def finish_task(
     scores = read_lmms_scores(outputs, task, log) if task.scored_by_lmms else None
     answers = [by_id[doc_id] for doc_id in range(rows)]
     with atomic_folder(out / task.name) as work:
-        write_records(work / RECORDS_FILE, [make_record(task, answer) for answer in answers])
+        write_records(work / RECORDS_FILE, told_apart([make_record(task, answer) for answer in answers]))
         records = read_records(work / RECORDS_FILE)  # refuses keys that occur twice
         zip_thumbnails(unfinished, (sha256 for answer in answers for sha256 in answer.images), work / THUMBNAILS_FILE)
         shutil.copytree(outputs, work / "lmms_eval", ignore=lambda _, names: _samples_of_others(names, task.lmms_task))
@@ -141,6 +142,20 @@ def _samples_of_others(names: list[str], lmms_task: str) -> list[str]:
 
 def drop_unfinished(out: Path, name: str) -> None:
     shutil.rmtree(out / f"{name}{UNFINISHED}", ignore_errors=True)
+
+
+def told_apart(records: Sequence[Record]) -> list[Record]:
+    """Rows that the hub's data hold several times have one key where it is a hash: the second becomes `KEY (2)`.
+
+    Rows with the same key that differ in what was asked keep it, and are refused when the records are read.
+    """
+    times: Counter[tuple[str, str, tuple[str, ...]]] = Counter()
+    named = []
+    for record in records:
+        same = (record.key, record.text_hash, tuple(record.images))
+        times[same] += 1
+        named.append(record if times[same] == 1 else replace(record, key=f"{record.key} ({times[same]})"))
+    return named
 
 
 def make_record(task: LmmTask, answer: Answer) -> Record:

@@ -24,9 +24,9 @@ from eval.lmm import stock
 from eval.lmm.answers import ANSWERS_FILE, Answer, open_answers, read_answers, without_images
 from eval.lmm.data import data_hash
 from eval.lmm.plugin import clean_answer
-from eval.lmm.run_folder import check_run_folder
+from eval.lmm.run_folder import check_run_folder, told_apart
 from eval.lmm.tasks import LMM_TASKS, image_hash
-from eval.records import read_records
+from eval.records import Record, read_records, write_records
 from lift.common.errors import UserError
 from lift.common.files import read_json, write_json
 
@@ -317,6 +317,25 @@ def test_adapter_batches_text_only_rows_several_images_and_stops(adapter: Any) -
     assert adapter.generate_until(_requests([("", images[0])], [stop]))[0] == batched[0].split(stop)[0]
     with pytest.raises(ValueError, match="image tokens"):
         adapter.generate_until(_requests([("what is <image> here", images[0])]))
+
+
+def test_a_prompt_beyond_the_models_positions_is_named(adapter: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = _requests([("short", []), ("word " * 40, [])])
+    adapter.generate_until(requests)
+    monkeypatch.setattr(adapter.model.config.text_config, "max_position_embeddings", 60)
+    with pytest.raises(
+        UserError, match=r"task .*, document 1: the prompt has \d+ tokens, .* 60 positions"
+    ):
+        adapter.generate_until(requests)
+
+
+def test_equal_rows_under_one_key_are_told_apart_and_others_are_not(tmp_path: Path) -> None:
+    row = Record("ai2d", "k", "g", 0, {}, "Which?", {"A": "x", "B": "y"}, ["A"], "A", "A", 1.0, ["image"])
+    other = replace(row, question="Another?")
+    assert [each.key for each in told_apart([row, replace(row, response="B"), other, row])] == ["k", "k (2)", "k", "k (3)"]
+    write_records(tmp_path / "records.jsonl", told_apart([row, other]))
+    with pytest.raises(UserError, match="k stands in line 1 already"):
+        read_records(tmp_path / "records.jsonl")
 
 
 def _mmbench_job(adapter: Any, mmbench: SimpleNamespace, folder: Path) -> list[Any]:
