@@ -323,9 +323,7 @@ def test_a_prompt_beyond_the_models_positions_is_named(adapter: Any, monkeypatch
     requests = _requests([("short", []), ("word " * 40, [])])
     adapter.generate_until(requests)
     monkeypatch.setattr(adapter.model.config.text_config, "max_position_embeddings", 60)
-    with pytest.raises(
-        UserError, match=r"task .*, document 1: the prompt has \d+ tokens, .* 60 positions"
-    ):
+    with pytest.raises(UserError, match=r"task .*, document 1: the prompt has \d+ tokens, .* 60 positions"):
         adapter.generate_until(requests)
 
 
