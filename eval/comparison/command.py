@@ -18,6 +18,9 @@ from eval.settings import CompareSettings, given
 from lift.common.errors import UserError
 from lift.common.files import atomic_folder, check_output_folder, read_json, sha256_file, write_json, write_jsonl
 
+MANY_UNPARSED = 0.2
+"""Share of answers that could not be read from which on the output warns."""
+
 
 def compare(settings: CompareSettings) -> None:
     """Command `lift-eval compare`.
@@ -120,6 +123,18 @@ def _cells(row: dict[str, Any]) -> tuple[object, ...]:
     return (name, row["n"], *values, interval, discordant, *p_values, number(row["detectable"]), *unparsed)
 
 
+def _unparsed_notes(comparison: dict[str, Any]) -> list[str]:
+    """Answers that could not be read count as wrong: where they are many, a difference is one of form."""
+    return [
+        f"Warning: {row['task']}: {percent(row[f'unparsed_{side}'])} % of the answers of {comparison[f'name_{side}']} could not be "
+        "read, and count as wrong; a difference may be one of form. Look at the likelihood measure, where there is one."
+        for row in comparison["rows"]
+        if row["level"] == "overall" and row["primary"]
+        for side in "ab"
+        if (row[f"unparsed_{side}"] or 0) >= MANY_UNPARSED
+    ]
+
+
 def _image_notes(runs: list[list[Record]], tasks: set[str]) -> list[str]:
     """Rows whose images only some runs name, so that nothing says whether all saw the same."""
     having: dict[str, dict[str, int]] = {task: {} for task in sorted(tasks)}
@@ -140,6 +155,7 @@ def _notes(comparison: dict[str, Any], sides: list[list[tuple[Path, Answers]]]) 
     notes = [f"{path}: {note}" for side in sides for path, answers in side for note in answers.notes]
     for task, values in comparison["tasks"].items():
         notes += [f"{task}: {each['reason']} ({each['n']} rows, first {each['first']})." for each in values["excluded"]]
+    notes += _unparsed_notes(comparison)
     notes += _image_notes([answers.records for side in sides for _, answers in side], set(comparison["tasks"]))
     if comparison["seeds"] is not None and comparison["seeds"]["warning"]:
         notes.append(f"Warning: {comparison['seeds']['warning']}")

@@ -84,6 +84,10 @@ def headline(comparison: dict[str, Any]) -> str:
 
 def _headline_of_many(a: str, b: str, rows: Sequence[dict[str, Any]]) -> str:
     labels = {side: [row["label"] for row in rows if row["ahead"] == side] for side in ("a", "b", "neither")}
+    if not labels["a"] + labels["b"]:
+        names = ", ".join(labels["neither"])
+        text = f"These questions do not tell {a} and {b} apart on any of {len(rows)} benchmarks ({names})"
+        return f"{text}, each tested by itself at 5 %."
     told = {side: f"{len(names)} ({', '.join(names)})" if names else "none" for side, names in labels.items()}
     of_a = told["a"].replace(" (", f" of {len(rows)} benchmarks (", 1) if labels["a"] else f"none of {len(rows)} benchmarks"
     rest = (

@@ -297,12 +297,14 @@ def test_command_writes_what_it_prints(tmp_path: Path, capsys: pytest.CaptureFix
     said = "\x1b[31mno\x00\u2028</script>"
     a, b = groups(right), groups([(False, True)] * 4)
     b[0] = replace(b[0], response=said, prediction=None)
+    b[2] = replace(b[2], prediction=None)
     run_a, run_b = write_run(tmp_path / "a", a), write_run(tmp_path / "b", b)
     assert read_records(run_b / "mmbench" / "records.jsonl")[0].response == said
     out = tmp_path / "c"
     assert main(["compare", str(run_a), str(run_b), "--out", str(out), "--resamples", "200", "--adjust", "bh"]) == 0
     printed = capsys.readouterr().out
     assert "p (BH)" in printed and "L2 attribute_reasoning" in printed
+    assert "Warning: mmbench: 25.00 % of the answers of CLIP could not be read" in printed and "answers of LIFT" not in printed
     comparison = read_json(out / "comparison.json")
     assert comparison["kind"] == "lmms" and comparison["seeds"] is None and comparison["runs"]["a"]["model"] == "m"
     with (out / "comparison.csv").open(newline="") as file:

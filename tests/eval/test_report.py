@@ -267,6 +267,9 @@ def test_headline_and_ahead_say_what_the_test_allows() -> None:
     text = headline(names | {"rows": [row | {"p_value": 0.5}, behind]})
     told = "LIFT is ahead on none of 2 benchmarks, CLIP on 1 (POPE); GQA does not tell."
     assert text == f"{told} Each is tested by itself at 5 %."
+    unsure = [row | {"p_value": 0.5}, behind | {"p_value": 0.5}]
+    told = "These questions do not tell LIFT and CLIP apart on any of 2 benchmarks (GQA, POPE)"
+    assert headline(names | {"rows": unsure}) == f"{told}, each tested by itself at 5 %."
     assert ahead(row | {"p_value": None}) == "a" and ahead(row | {"p_value": 0.01, "p_adjusted": 0.2}) == "neither"
 
 
