@@ -126,8 +126,8 @@ def _cells(row: dict[str, Any]) -> tuple[object, ...]:
 def _unparsed_notes(comparison: dict[str, Any]) -> list[str]:
     """Answers that could not be read count as wrong: where they are many, a difference is one of form."""
     return [
-        f"Warning: {row['task']}: {percent(row[f'unparsed_{side}'])} % of the answers of {comparison[f'name_{side}']} could not be "
-        "read, and count as wrong; a difference may be one of form. Look at the likelihood measure, where there is one."
+        f"Warning: {row['task']}: {percent(row[f'unparsed_{side}'])} % of the answers of {comparison[f'name_{side}']} could "
+        "not be read, and count as wrong; a difference may be one of form. Look at the likelihood measure, where there is one."
         for row in comparison["rows"]
         if row["level"] == "overall" and row["primary"]
         for side in "ab"
