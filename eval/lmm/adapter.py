@@ -121,10 +121,10 @@ class LiftLlava(lmms):
         """The base class deletes the model's modules after a run; this object may be used again."""
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("lift_llava answers generate_until tasks; use stock llava_hf for likelihoods")
+        raise NotImplementedError("lift_llava takes tasks that generate; option letters are scored by lift-eval lmm")
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
-        raise NotImplementedError("lift_llava answers generate_until tasks; use stock llava_hf for several rounds")
+        raise NotImplementedError("lift_llava takes tasks of one round")
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
         """Greedy answers in the order of `requests`, one task after the other. Batches share their settings."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -61,18 +60,6 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     arguments = ["report", str(a), str(b), "--out", str(out), "--resamples", "200", *training]
     assert main([*arguments, "--name_a", f"LIFT {ATTACK[:40]}", "--print_cards", "3"]) == 0
     return SimpleNamespace(path=out, numbers=read_json(out.with_suffix(".json")))
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright (extra `dev`) drives the browser")
-    program = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if program is None:
-        pytest.skip("no Chromium on this machine (Debian: apt-get install chromium)")
-    with playwright.sync_playwright() as driver:
-        running = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield running
-        running.close()
 
 
 def _open(browser: Any, path: Path, **options: Any) -> SimpleNamespace:
