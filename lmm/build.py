@@ -44,9 +44,6 @@ def build(settings: BuildSettings) -> Path:
     image_id, image_note = add_image_token(tokenizer, llm.get_input_embeddings().num_embeddings)
     vision: Any = tower.config
     processor = make_processor(settings.vision_tower, tokenizer, template, vision.patch_size, vision.image_size)
-    if image_id >= llm.get_input_embeddings().num_embeddings:
-        llm.resize_token_embeddings(image_id + 1, mean_resizing=False)
-        _fill_with_mean(llm, image_id)
     model = assemble(tower, llm, image_id, tokenizer.pad_token_id, settings.seed).to(dtype=DTYPES[settings.precision])
     for note in (image_note, pad_note):
         print(note)
@@ -101,10 +98,18 @@ def load_tower(folder: Path) -> CLIPVisionModel:
     return tower
 
 
+def load_llm_config(folder: Path) -> Any:
+    """Raises UserError when transformers does not know the model; code in the folder is never run."""
+    try:
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{folder}: expected a causal language model's config.json: {first_line(error)}") from error
+
+
 def load_llm(folder: Path) -> Any:
     """A causal language model in float32. Raises UserError when it cannot be loaded whole."""
+    config = load_llm_config(folder)
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
@@ -148,10 +153,3 @@ def assemble(tower: CLIPVisionModel, llm: Any, image_id: int, pad_id: int, seed:
     model.tie_weights()
     model.generation_config = GenerationConfig(**{**llm.generation_config.to_diff_dict(), "pad_token_id": pad_id})
     return model
-
-
-def _fill_with_mean(llm: Any, first_new_row: int) -> None:
-    """New rows start as the mean of the old ones, so that the new token is neither likely nor unlikely."""
-    with torch.no_grad():
-        for matrix in {id(m.weight): m.weight for m in (llm.get_input_embeddings(), llm.get_output_embeddings())}.values():
-            matrix[first_new_row:] = matrix[:first_new_row].mean(0)

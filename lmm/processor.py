@@ -77,29 +77,37 @@ def _renders(tokenizer: Any, template: str, content: Any) -> bool:
     return "PROBE" in text and shows_image
 
 
-def add_image_token(tokenizer: Any, vocab_size: int) -> tuple[int, str]:
+def add_image_token(tokenizer: Any, rows: int) -> tuple[int, str]:
     """Makes `<image>` one special token of `tokenizer`. Returns its id and one sentence on where it came from.
 
-    The id lies below `vocab_size` where the vocabulary has `<image>`, or else the embedding matrix a spare row, or else the
-    vocabulary the token of a byte that no text contains; otherwise it does not, and the matrix has to be enlarged to hold it.
+    The id is that of `<image>` where the vocabulary has it, else of a spare row of the embedding matrix, else of a byte that no
+    text contains. The matrix is never enlarged: a new output row takes part in the softmax and changes the loss of every text,
+    and nothing in a folder for plain transformers can mask it.
+
+    Args:
+        rows: rows of the model's embedding matrix.
+    Raises:
+        UserError: there is no such id below `rows`.
     """
     vocabulary = tokenizer.get_vocab()
     known = IMAGE_MARKER in vocabulary
-    reused = not known and max(vocabulary.values()) + 1 >= vocab_size and give_unused_byte(tokenizer, IMAGE_MARKER)
+    reused = not known and max(vocabulary.values()) + 1 >= rows and give_unused_byte(tokenizer, IMAGE_MARKER)
     tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_MARKER]}, replace_extra_special_tokens=False)
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_MARKER)
     if tokenizer(IMAGE_MARKER, add_special_tokens=False)["input_ids"] != [image_id]:
         raise UserError(f"{tokenizer.name_or_path}: expected {IMAGE_MARKER} to become one token, found it is split.")
+    if image_id >= rows:
+        raise UserError(
+            f"{tokenizer.name_or_path}: expected an id for {IMAGE_MARKER} among the {rows} rows of the embedding matrix, found "
+            f"{f'it at {image_id}' if known else 'no spare row and no token of a byte that no text contains'}. A new row would "
+            "change the loss of every text, so none is added here. Take a language model with spare rows, or enlarge this one "
+            f"knowingly: model.resize_token_embeddings({image_id + 1}), saved with its tokenizer."
+        )
     if known:
         return image_id, f"image token {IMAGE_MARKER}: id {image_id}, already in the vocabulary"
     if reused:
         return image_id, f"image token {IMAGE_MARKER}: id {image_id}, of a byte that no text contains"
-    if image_id < vocab_size:
-        return image_id, f"image token {IMAGE_MARKER}: id {image_id}, a spare row of the {vocab_size} embedding rows"
-    return image_id, (
-        f"image token {IMAGE_MARKER}: id {image_id}; the embedding matrix has no spare row and grows from {vocab_size} to "
-        f"{image_id + 1} rows, which changes the text loss slightly"
-    )
+    return image_id, f"image token {IMAGE_MARKER}: id {image_id}, a spare row of the {rows} embedding rows"
 
 
 def ensure_pad_token(tokenizer: Any) -> str:

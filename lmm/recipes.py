@@ -138,10 +138,12 @@ def _read_recipe(choice: DataChoice) -> TrainSettings | FinetuneSettings:
 
 def _future_processor(settings: FinetuneSettings) -> tuple[Any, LlavaConfig]:
     """Processor and configuration of the model that `lmm build` would make of the recipe's two folders."""
+    from lmm.build import load_llm_config  # needs torch
+
     tokenizer = load_tokenizer(require_folder(settings.llm, "a language model's folder"))
     template = choose_chat_template(tokenizer, settings.llm, settings.chat_template)
     ensure_pad_token(tokenizer)
-    add_image_token(tokenizer, len(tokenizer))
+    add_image_token(tokenizer, load_llm_config(settings.llm).get_text_config().vocab_size)
     require_file(settings.vision_tower / "config.json", "a vision tower's config.json")
     vision: Any = CLIPVisionConfig.from_pretrained(settings.vision_tower)
     processor = make_processor(settings.vision_tower, tokenizer, template, vision.patch_size, vision.image_size)

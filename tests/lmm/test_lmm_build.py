@@ -62,40 +62,50 @@ def test_same_seed_same_projector(tower: Path, llm: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("rows", "rows_after", "tied", "source"),
-    [
-        (264, 264, False, "spare row"),
-        (259, 259, False, "a byte that no text contains"),
-        (259, 259, True, "a byte that no text contains"),
-        (259, 260, False, "grows from 259 to 260 rows"),
-        (259, 260, True, "grows from 259 to 260 rows"),
-    ],
+    ("rows", "tied", "source"),
+    [(264, False, "spare row"), (259, False, "a byte that no text contains"), (259, True, "a byte that no text contains")],
 )
-def test_image_token_takes_a_spare_row_or_an_unused_byte_or_one_new_row(
-    rows: int, rows_after: int, tied: bool, source: str, tower: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_image_token_takes_a_spare_row_or_an_unused_byte(
+    rows: int, tied: bool, source: str, tower: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tokenizer = make_tokenizer(with_image=False)
     tokenizer.pad_token = None
-    if rows < rows_after:  # every byte is a token in its own right
-        tokenizer.add_special_tokens({"additional_special_tokens": [chr(byte) for byte in NEVER_IN_UTF8]})
     llm = make_llm(tmp_path / "llm", tokenizer, rows=rows, tied=tied)
     out = build(BuildSettings(vision_tower=tower, llm=llm, out=tmp_path / "out"))
     assert source in capsys.readouterr().out
     model, info = LlavaForConditionalGeneration.from_pretrained(out, output_loading_info=True)
     assert not any(info.values())
-    unused = tokenizer.convert_tokens_to_ids("ÿ")
-    assert model.config.image_token_id == (unused if rows == rows_after == 259 else 259)
-    assert model.get_input_embeddings().weight.shape[0] == model.lm_head.weight.shape[0] == rows_after
+    assert model.config.image_token_id == (259 if rows > 259 else tokenizer.convert_tokens_to_ids("ÿ"))
     assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
-    old = AutoModelForCausalLM.from_pretrained(llm).lm_head.weight
-    assert torch.equal(model.lm_head.weight[:rows], old)
-    if rows < rows_after:
-        assert torch.allclose(model.lm_head.weight[259], old.mean(0), atol=1e-6)
+    before = AutoModelForCausalLM.from_pretrained(llm)
+    assert torch.equal(model.lm_head.weight, before.lm_head.weight)
     built = AutoProcessor.from_pretrained(out).tokenizer
     assert built.pad_token == "<eos>"
     text = "Köln 漢字 😀 ÿ À"
     assert built(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert built("<image>")["input_ids"] == [model.config.image_token_id]
+    ids = torch.tensor([built(text)["input_ids"]])
+    with torch.no_grad():
+        assert torch.equal(model(ids, labels=ids).loss, before(ids, labels=ids).loss)
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_no_row_is_added_where_the_vocabulary_has_no_free_id(known: bool, tower: Path, tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(with_image=False)
+    every_byte = [chr(byte) for byte in NEVER_IN_UTF8]  # as tokens in their own right
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"] if known else every_byte})
+    llm = make_llm(tmp_path / "llm", tokenizer, rows=259)
+    out = tmp_path / "out"
+    found = "found it at 259" if known else "found no spare row and no token of a byte that no text contains"
+    expected = rf"llm: expected an id for <image> among the 259 rows of the embedding matrix, {found}\..*embeddings\(260\)"
+    with pytest.raises(UserError, match=expected):
+        build(BuildSettings(vision_tower=tower, llm=llm, out=out))
+    assert not out.exists()
+    enlarged = AutoModelForCausalLM.from_pretrained(llm)  # as the message says
+    enlarged.resize_token_embeddings(260)
+    enlarged.save_pretrained(llm)
+    build(BuildSettings(vision_tower=tower, llm=llm, out=out))
+    assert AutoProcessor.from_pretrained(out).tokenizer("<image>")["input_ids"] == [259]
 
 
 def test_missing_chat_template_is_an_error_that_says_how_to_give_one(tower: Path, tmp_path: Path) -> None:
