@@ -46,17 +46,22 @@ def wrap_tokenizer(raw: Tokenizer) -> PreTrainedTokenizerFast:
 
 
 def make_model(
-    folder: Path, width: int, layers: int, vision_layers: int, tokenizer: PreTrainedTokenizerFast | None = None
+    folder: Path,
+    width: int,
+    layers: int,
+    vision_layers: int,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    image_size: int = 112,
 ) -> Path:
-    """A CLIP tower of 112 px (49 image tokens), a Llama and a tokenizer (of bytes when left out), joined by `lmm build`."""
+    """A CLIP tower (49 image tokens at 112 px), a Llama and a tokenizer (of bytes when left out), joined by `lmm build`."""
     torch.manual_seed(0)
     vision = CLIPVisionConfig(
         hidden_size=width, intermediate_size=4 * width, num_hidden_layers=vision_layers, num_attention_heads=width // 64,
-        image_size=112, patch_size=16,
+        image_size=image_size, patch_size=16,
     )  # fmt: skip
     CLIPVisionModel(vision).save_pretrained(folder / "tower")
-    crop = {"height": 112, "width": 112}
-    CLIPImageProcessor(size={"shortest_edge": 112}, crop_size=crop).save_pretrained(folder / "tower")
+    crop = {"height": image_size, "width": image_size}
+    CLIPImageProcessor(size={"shortest_edge": image_size}, crop_size=crop).save_pretrained(folder / "tower")
     text = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
         num_attention_heads=width // 64, max_position_embeddings=1024, bos_token_id=1, eos_token_id=2, pad_token_id=0,

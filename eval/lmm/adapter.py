@@ -28,6 +28,7 @@ from eval.lmm.answers import ROWS_FILE, Answer, AnswerFile, open_answers, read_a
 from eval.lmm.image_features import ImageFeatures
 from eval.lmm.likelihood import FirstStep, letter_tokens, log_probabilities
 from eval.lmm.plugin import PROGRESS, clean_answer
+from eval.lmm.shared_prompts import Prompt, generate
 from eval.lmm.tasks import LMM_TASKS, LmmTask, image_hash
 from lift.common.errors import UserError
 from lift.common.files import read_json, write_json
@@ -35,7 +36,7 @@ from lmm.folders import context_length
 from lmm.inference import check_is_llava, end_tokens, load_whole
 
 _LENGTH_STEP = 32
-"""Characters. Rows are batched by length in steps of this, so that within a step those of one image stay together."""
+"""Characters. Groups are batched by their longest row in steps of this."""
 
 
 @dataclass(frozen=True)
@@ -163,15 +164,20 @@ class LiftLlava(lmms):
     def _batches(
         self, requests: list[Instance], docs: list[dict[str, Any]], places: list[int], job: TaskJob | None
     ) -> list[list[int]]:
-        """Places in batches of the same settings and like length, longest first; rows of an image stay near each other."""
+        """Places in batches of the same settings and like length, longest first; rows of a group, or image, stay together."""
         by_settings: dict[str, list[int]] = defaultdict(list)
         for place in places:
             by_settings[repr(sorted(requests[place].args[2].items()))].append(place)
 
+        length_of = {place: len(requests[place].args[0]) for place in places}
+        group_of = {place: job.task.record(docs[place], "", ()).group if job is not None else "" for place in places}
+        longest: dict[str, int] = defaultdict(int)
+        for place, group in group_of.items():
+            longest[group] = max(longest[group], length_of[place])
+
         def order(place: int) -> tuple[int, str, int, int]:
-            length = len(requests[place].args[0])
-            group = job.task.record(docs[place], "", ()).group if job is not None else ""
-            return -(length // _LENGTH_STEP), group, -length, place
+            group = group_of[place]
+            return -(longest[group] // _LENGTH_STEP), group, -length_of[place], place
 
         batches = []
         for its_places in by_settings.values():
@@ -206,33 +212,29 @@ class LiftLlava(lmms):
 
     def _generate(self, rows: Sequence[Row], settings: dict[str, Any]) -> list[Said]:
         tokenizer, image_token = self.processor.tokenizer, self.processor.image_token
+        first_step = FirstStep()
         with torch.inference_mode():
-            features = self.image_features.of([image for row in rows for image in row.images])
-            lengths = iter([len(each) for each in features])
-            # every image token becomes as many as its image has features
-            parts = [row.prompt.split(image_token) for row in rows]
-            prompts = [first + "".join(image_token * next(lengths) + text for text in following) for first, *following in parts]
-            inputs = tokenizer(prompts, padding=True, return_tensors="pt").to(self.device)
-            self._require_positions(rows, inputs["attention_mask"].sum(1).tolist())
-            embeds_BTD = self.model.get_input_embeddings()(inputs["input_ids"])
-            if features:
-                is_image_BT1 = (inputs["input_ids"] == self.model.config.image_token_id).unsqueeze(-1)
-                embeds_BTD = embeds_BTD.masked_scatter(is_image_BT1, torch.cat(features).to(embeds_BTD.dtype))
-            first_step = FirstStep()
-            tokens_BT = self.model.generate(
-                inputs_embeds=embeds_BTD,
-                attention_mask=inputs["attention_mask"],
-                logits_processor=[first_step],
-                **_greedy(settings),
-            )
-        texts = tokenizer.batch_decode(tokens_BT, skip_special_tokens=True)
+            features = iter(self.image_features.of([image for row in rows for image in row.images]))
+            its_features = [[next(features) for _ in row.images] for row in rows]
+            texts = []
+            for row, its in zip(rows, its_features, strict=True):
+                # every image token becomes as many as its image has features
+                first, *following = row.prompt.split(image_token)
+                texts.append(first + "".join(image_token * len(each) + text for each, text in zip(its, following, strict=True)))
+            prompts = [
+                Prompt(ids, tuple(sha256 for sha256, _ in row.images), its)
+                for ids, row, its in zip(tokenizer(texts)["input_ids"], rows, its_features, strict=True)
+            ]
+            self._require_positions(rows, [len(prompt.ids) for prompt in prompts])
+            tokens_BT = generate(self.model, tokenizer, prompts, logits_processor=[first_step], **_greedy(settings))
+        responses = tokenizer.batch_decode(tokens_BT, skip_special_tokens=True)
         assert first_step.logits is not None
         return [
             Said(
                 clean_answer(text, settings.get("until", [])),
                 log_probabilities(logits, row.letters) if row.letters else None,
             )
-            for text, row, logits in zip(texts, rows, first_step.logits, strict=True)
+            for text, row, logits in zip(responses, rows, first_step.logits, strict=True)
         ]
 
     def _require_positions(self, rows: Sequence[Row], lengths: Sequence[int]) -> None:
