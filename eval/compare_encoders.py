@@ -13,7 +13,8 @@ from eval.comparison.statistics import Terms, adjusted, paired_result
 from eval.encoder import RECORDS_FILE, RESULTS
 from eval.measures import Measure, Outcomes, outcomes
 from eval.output import format_table, percent, write_csv
-from eval.settings import CompareSettings, given
+from eval.settings import CompareSettings
+from lift.common.checks import given
 from lift.common.errors import UserError
 from lift.common.files import atomic_folder, check_output_folder, read_json, require_file, write_json
 

@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from lift.common.checks import given
 from lift.common.errors import UserError
 from lift.common.files import atomic_file, require_folder, sha256_file, write_json
 from lift.common.images import ImageFault, decode_image
 from lift.common.reading import read_ahead
 from lift.encoder import Encoder, load_encoder
-from lift.settings import EncodeSettings, given
+from lift.settings import EncodeSettings
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
 

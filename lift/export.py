@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPVisionConfig, PreTrainedTokenizerBase
 
+from lift.common.checks import given
 from lift.common.errors import UserError
 from lift.common.files import atomic_folder, check_output_folder, read_json, require_file, write_json, write_text
 from lift.common.settings import parse_settings, to_plain
@@ -24,7 +25,7 @@ from lift.model import clip_text_config, vision_config
 from lift.model_card import model_card
 from lift.official import PREPROCESSING, to_official, write_checkpoint
 from lift.run_folder import FREE_TO_CHANGE, TEXT_ENCODER, TOKENIZER, best_checkpoints, checkpoints
-from lift.settings import ExportSettings, PretrainSettings, given
+from lift.settings import ExportSettings, PretrainSettings
 
 FORMAT = 1
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPVisionConfig, PreTrainedTokenizerBase
 
+from lift.common.checks import given
 from lift.common.errors import UserError
 from lift.common.files import read_json, sha256_file
 from lift.export import write_encoder_folder
 from lift.model import ClipModel, LiftModel
 from lift.official import Architecture, from_official, read_architecture, read_checkpoint
-from lift.settings import ClipTextSettings, ImportSettings, given
+from lift.settings import ClipTextSettings, ImportSettings
 from lift.text_encoders import describe_without_loading
 from lift.text_side import clip_tokenizer
 from lift.transforms import TextTransform

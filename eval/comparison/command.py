@@ -14,7 +14,8 @@ from eval.comparison.flips import find_flips
 from eval.comparison.lmms import compare_runs
 from eval.output import format_table, percent, write_csv
 from eval.records import Record
-from eval.settings import CompareSettings, given
+from eval.settings import CompareSettings
+from lift.common.checks import given
 from lift.common.errors import UserError
 from lift.common.files import atomic_folder, check_output_folder, read_json, sha256_file, write_json, write_jsonl
 

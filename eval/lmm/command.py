@@ -30,7 +30,8 @@ from eval.lmm.run_folder import (
     read_task_records,
 )
 from eval.lmm.tasks import LmmTask, task_source
-from eval.settings import LmmSettings, given
+from eval.settings import LmmSettings
+from lift.common.checks import given
 from lift.common.files import LOCK_FILE, locked_folder, sha256_folder, write_json
 from lmm.inference import check_is_llava, number_format, torch_device
 

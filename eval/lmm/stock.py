@@ -16,7 +16,8 @@ from eval.lmm.run_folder import read_run, read_task_records
 from eval.lmm.tasks import LmmTask
 from eval.output import format_table
 from eval.records import Record
-from eval.settings import StockSettings, given
+from eval.settings import StockSettings
+from lift.common.checks import given
 from lift.common.errors import UserError
 from lmm.inference import check_is_llava, torch_device
 

@@ -20,7 +20,8 @@ from eval.report.encoders import encoders_of
 from eval.report.flips import Gallery, Thumbnails, gallery
 from eval.report.reading import paper_readings
 from eval.report.training import read_training, total_cost
-from eval.settings import ReportSettings, given
+from eval.settings import ReportSettings
+from lift.common.checks import given
 from lift.common.environment import describe_environment
 from lift.common.errors import UserError
 from lift.common.files import atomic_file, read_json, write_json, write_text

@@ -3,7 +3,6 @@
 Nothing heavy is imported here, so that `--help` and a mistyped key answer at once.
 """
 
-from eval.settings.common import given
 from eval.settings.comparison import CompareSettings, ReportSettings, ScoreSettings
 from eval.settings.encoder import ClassificationData, EncoderSettings, HardNegativeData, ProbeData, RetrievalData
 from eval.settings.lmm import DataSettings, LmmSettings, StockSettings
@@ -23,5 +22,4 @@ __all__ = [
     "ScoreSettings",
     "StockSettings",
     "TextSettings",
-    "given",
 ]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from eval.settings.common import at_least
+from lift.common.checks import at_least
 
 
 @dataclass
@@ -69,8 +69,7 @@ class ProbeData:
     """Of the part of the training images on which the strength is chosen."""
 
     def __post_init__(self) -> None:
-        at_least(self.neighbours, 1, "probe.neighbours")
-        at_least(self.iterations, 1, "probe.iterations")
+        at_least(self, 1, "neighbours", "iterations", prefix="probe.")
         if not self.strengths or not all(0 < strength < float("inf") for strength in self.strengths):
             raise ValueError(f"--probe.strengths: expected positive numbers, found {list(self.strengths)}.")
 
@@ -123,5 +122,4 @@ class EncoderSettings:
     """For the tasks linear_probe and knn."""
 
     def __post_init__(self) -> None:
-        at_least(1 if self.batch_size is None else self.batch_size, 1, "batch_size")
-        at_least(self.workers, 1, "workers")
+        at_least(self, 1, "batch_size", "workers")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from eval.settings.common import at_least, given
+from lift.common.checks import at_least, given
 
 LmmTaskName = Literal[
     "mmbench",
@@ -69,9 +69,7 @@ class LmmSettings:
 
     def __post_init__(self) -> None:
         given(self.out, "out")
-        at_least(self.batch_size, 1, "batch_size")
-        if self.max_new_tokens is not None:
-            at_least(self.max_new_tokens, 1, "max_new_tokens")
+        at_least(self, 1, "batch_size", "max_new_tokens")
 
 
 @dataclass

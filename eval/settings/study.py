@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from eval.settings.common import at_least, given
+from lift.common.checks import at_least, given
 
 
 @dataclass
@@ -29,11 +29,9 @@ class CostSettings:
     def __post_init__(self) -> None:
         if not self.lengths:
             raise ValueError("--lengths: expected at least one caption length, as in [77,128], found none.")
-        for length in self.lengths:
-            at_least(length, 2, "lengths")
-        at_least(self.memory_batch_size, 1, "memory_batch_size")
-        if self.embedding_dim is not None:
-            at_least(self.embedding_dim, 1, "embedding_dim")
+        if min(self.lengths) < 2:
+            raise ValueError(f"--lengths: expected at least 2, found {min(self.lengths)}.")
+        at_least(self, 1, "memory_batch_size", "embedding_dim")
 
 
 @dataclass
@@ -79,8 +77,8 @@ class TextSettings:
                 f"--low_overlap and --high_overlap: expected 0 <= low < high <= 1, found {self.low_overlap} and "
                 f"{self.high_overlap}."
             )
-        for name, least in (("max_pairs", 2), ("max_captions", 2), ("resamples", 100), ("max_length", 2)):
-            at_least(getattr(self, name), least, name)
+        at_least(self, 2, "max_pairs", "max_captions", "max_length")
+        at_least(self, 100, "resamples")
         if self.captions is not None and self.captions_format is None:
             formats: dict[str, Literal["lines", "jsonl", "coco"]] = {".txt": "lines", ".jsonl": "jsonl", ".json": "coco"}
             if self.captions.suffix not in formats:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.images import ImageFolder, ImageItem, image_from
-from eval.settings import RetrievalData, given
+from eval.settings import RetrievalData
+from lift.common.checks import given
 from lift.common.errors import UserError
 from lift.common.files import read_json, require_file
 from lift.common.ledger import DropLedger

@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from eval.features import Features, normalised
-from eval.settings import ClassificationData, given
+from eval.settings import ClassificationData
 from eval.tasks import Scored, Task, TaskData
 from eval.tasks.class_images import LabelledImages, read_class_images
 from eval.tasks.class_ranking import ClassRanks, class_results, concatenated, rank_classes
+from lift.common.checks import given
 from lift.common.errors import UserError
 from lift.common.files import require_file, sha256_text
 

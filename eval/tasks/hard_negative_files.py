@@ -15,7 +15,7 @@ import numpy as np
 from eval.features import Features
 from eval.images import Box
 from eval.measures import Measure, Record
-from eval.settings import HardNegativeData, given
+from eval.settings import HardNegativeData
 from eval.tasks import Scored, Task, TaskData
 from eval.tasks.hard_negatives import (
     Contest,
@@ -29,6 +29,7 @@ from eval.tasks.hard_negatives import (
     texts_of,
 )
 from eval.tasks.word_order import PERTURBATIONS, Tagger, perturbed, spacy_tagger, words_of
+from lift.common.checks import given
 from lift.common.errors import UserError
 from lift.common.files import read_json, read_jsonl, require_folder
 

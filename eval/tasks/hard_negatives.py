@@ -16,8 +16,9 @@ import numpy as np
 from eval.features import Features
 from eval.images import ImageFolder, ImageItem
 from eval.measures import Measure, Record
-from eval.settings import HardNegativeData, given
+from eval.settings import HardNegativeData
 from eval.tasks import Scored, Task, TaskData
+from lift.common.checks import given
 from lift.common.errors import UserError
 from lift.common.files import read_json, require_folder, sha256_text
 

@@ -15,10 +15,11 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from eval.features import Features
-from eval.settings import ProbeData, given
+from eval.settings import ProbeData
 from eval.tasks import Scored, Task, TaskData
 from eval.tasks.class_images import LabelledImages, read_class_images
 from eval.tasks.class_ranking import ClassRanks, class_results, concatenated, rank_classes
+from lift.common.checks import given
 from lift.common.errors import UserError
 from lift.common.files import sha256_text
 

@@ -12,12 +12,13 @@ from dataclasses import asdict
 from typing import Any
 
 from eval.output import format_table
-from eval.settings import TextSettings, given
+from eval.settings import TextSettings
 from eval.text.measure import READING, analyse, as_csv, auc_rows, kind_cells, measure, number
 from eval.text.mining import Limits, mine
 from eval.text.page import scatter_page
 from eval.text.pairs import BUILT_IN, Pair, read_captions, read_pairs
 from eval.text.sides import open_text_encoder
+from lift.common.checks import given
 from lift.common.errors import UserError
 from lift.common.files import check_output_folder, sha256_file, write_json, write_text
 

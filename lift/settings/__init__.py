@@ -10,7 +10,7 @@ from lift.settings.embedding import (
     SourceSettings,
     TextEncoderSettings,
 )
-from lift.settings.encoders import EncodeSettings, ExportSettings, ImportSettings, PushSettings, given
+from lift.settings.encoders import EncodeSettings, ExportSettings, ImportSettings, PushSettings
 from lift.settings.pretraining import (
     ClipTextSettings,
     NegativeSettings,
@@ -38,5 +38,4 @@ __all__ = [
     "TransformSettings",
     "ValidationSettings",
     "VisionSettings",
-    "given",
 ]

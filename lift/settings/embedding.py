@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal, get_args, get_type_hints
 
+from lift.common.checks import at_least
+
 
 @dataclass(kw_only=True)
 class SourceSettings:
@@ -86,10 +88,7 @@ class TextEncoderSettings:
             raise ValueError(f"text_encoder.path: kind minilm takes no path, found {self.path}; kind auto reads what is there")
         if self.kind not in ("auto", "minilm") and not self.path:
             raise ValueError(f"text_encoder.path: kind {self.kind} needs a model folder or name")
-        for name in ("max_length", "batch_tokens"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"text_encoder.{name}: expected a positive number, found {value}")
+        at_least(self, 1, "max_length", "batch_tokens", prefix="text_encoder.")
 
     @classmethod
     def from_string(cls, text: str) -> dict[str, str]:
@@ -135,9 +134,7 @@ class EmbedSettings:
     def __post_init__(self) -> None:
         if bool(self.data) == (self.captions is not None):
             raise ValueError("expected either data or captions: --data KIND:PATH, or --captions FILE")
-        for name in ("shard_size", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        at_least(self, 1, "shard_size", "workers")
         if self.engine == "local" and self.workers > 1:
             raise ValueError(f"workers: {self.workers} workers need --engine ray; local is one process")
         if self.captions is not None and self.captions_format is None:

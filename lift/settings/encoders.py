@@ -6,14 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lift.common.checks import at_least, given
 from lift.settings.embedding import TextEncoderSettings
-
-
-def given(value: Path | None, name: str) -> Path:
-    """The path of a required option beside a positional one. Raises ValueError when it was not given."""
-    if value is None:
-        raise ValueError(f"--{name} is required: a path")
-    return value
 
 
 @dataclass
@@ -52,8 +46,7 @@ class ImportSettings:
 
     def __post_init__(self) -> None:
         given(self.out, "out")
-        if self.head_width is not None and self.head_width < 1:
-            raise ValueError(f"head_width: expected a positive number, found {self.head_width}")
+        at_least(self, 1, "head_width")
 
 
 @dataclass
@@ -81,9 +74,7 @@ class EncodeSettings:
         given(self.images, "images")
         if given(self.out, "out").suffix != ".npy":
             raise ValueError(f"out: expected a file name that ends in .npy, found {self.out}")
-        for name in ("batch_size", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected a positive number, found {getattr(self, name)}")
+        at_least(self, 1, "batch_size", "workers")
 
 
 @dataclass

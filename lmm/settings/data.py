@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from lmm.settings.common import at_least, share
+from lift.common.checks import at_least, share
 
 
 @dataclass(kw_only=True)

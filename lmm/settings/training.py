@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from lmm.settings.common import at_least, share
+from lift.common.checks import at_least, share
 from lmm.settings.data import ConversationSource
 from lmm.settings.models import LlavaParts
 

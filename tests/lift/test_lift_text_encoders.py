@@ -445,8 +445,8 @@ def test_description_makes_the_same_settings_again(tiny_nv_embed: Path, tiny_llm
     [
         ({"kind": "minilm", "path": "x"}, "kind minilm takes no path"),
         ({"kind": "nv_embed"}, "kind nv_embed needs a model folder or name"),
-        ({"max_length": 0}, "max_length: expected a positive number, found 0"),
-        ({"batch_tokens": -1}, "batch_tokens: expected a positive number, found -1"),
+        ({"max_length": 0}, "max_length: expected at least 1, found 0"),
+        ({"batch_tokens": -1}, "batch_tokens: expected at least 1, found -1"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:

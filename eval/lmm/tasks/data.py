@@ -5,7 +5,8 @@ from __future__ import annotations
 from eval.lmm.tasks import LMM_TASKS, LmmTask, task_source
 from eval.lmm.tasks.dataset import check_repository_folder, write_tables
 from eval.lmm.tasks.published import Source
-from eval.settings import DataSettings, given
+from eval.settings import DataSettings
+from lift.common.checks import given
 from lift.common.errors import UserError
 
 
