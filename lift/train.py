@@ -230,14 +230,14 @@ class _Loop:
                     numbers = {name: float(value) for name, value in row.items()}
                     metrics.log({"step": done, "keys": self._keys_hash(step), **numbers, **speed.since_last()})
                     bar.set_postfix(loss=f"{numbers['loss']:.3f}", refresh=False)
-                    self._require_finite(numbers["loss"], done)
+                    self._require_finite(row, done)
                 if self.setup.validation and (done % settings.validation.every == 0 or last):
                     self._validate(self.setup.validation, done, metrics)
                 stop, dropped = votes.count(len(self.new_drops))
                 if dropped + self.dropped_before > settings.max_drop_fraction * self.total:
                     self._share_ledger()  # which tells how many they are when none is counted twice
                 if done % settings.checkpoint_every == 0 or last or stop:
-                    self._require_finite(float(row["loss"]), done)
+                    self._require_finite(row, done)
                     self._checkpoint(done)
                 if stop and not last:
                     raise Preempted(f"asked to end; saved step {done} of {self.steps}. The same command goes on from there.")
@@ -261,9 +261,14 @@ class _Loop:
         mean_loss = self.accelerator.reduce(loss, reduction="mean")
         return {"loss": mean_loss, "learning_rate": rate, "gradient_norm": norm, "logit_scale": model.log_scale.detach().exp()}
 
-    def _require_finite(self, loss: float, done: int) -> None:
-        if not math.isfinite(loss):
-            raise UserError(f"loss is {loss} at step {done}. Lower --learning_rate, or look at {self.settings.out}.")
+    def _require_finite(self, row: dict[str, Tensor | float], done: int) -> None:
+        """Raises UserError for a loss or gradient norm that is not finite: the step's weights are lost."""
+        for name in ("loss", "gradient_norm"):
+            if not math.isfinite(value := float(row[name])):
+                raise UserError(
+                    f"step {done}: {name} is {value}, the training has diverged. Lower --learning_rate; {self.settings.out} "
+                    "holds the checkpoints before it."
+                )
 
     def _validate(self, validation: Validation, done: int, metrics: Metrics) -> None:
         row = validation(self.setup.model, self.accelerator.device)

@@ -69,7 +69,11 @@ def train_stage(model: Path, out: Path, settings: StageSettings, replace: bool =
     resume_from = _open_work(work, identity, rank, world_size)
     stage = _Stage(model, identity["model_hash"], settings, work, config, rank, world_size)
     started = time.monotonic()
-    result = stage.trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    try:
+        result = stage.trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    except UserError:
+        release(stage.trainer)
+        raise
     seconds = time.monotonic() - started
     steps_here = result.global_step - (int(resume_from.name.rpartition("-")[2]) if resume_from else 0)
     samples_here = steps_here * settings.batch_size * settings.gradient_accumulation * world_size

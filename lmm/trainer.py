@@ -59,6 +59,7 @@ def training_arguments(settings: StageSettings, work: Path, deepspeed: dict[str,
         save_steps=settings.save_steps,
         save_total_limit=2,
         logging_steps=settings.logging_steps,
+        logging_nan_inf_filter=False,  # which would show a mean of earlier losses instead
         report_to=["tensorboard"],
         remove_unused_columns=False,
         log_level="error",
@@ -126,6 +127,7 @@ class StageTrainer(Trainer):
     ) -> None:
         self.settings, self.write = settings, write
         self.supervised_tokens = 0
+        self.loss_since_checkpoint = torch.zeros((), device=args.device)
         model = keywords["model"]
         llava = model.get_base_model() if settings.lora else model
         self.frozen_tower = None if settings.trainable == "all" else llava.model.vision_tower
@@ -177,8 +179,23 @@ class StageTrainer(Trainer):
                 )
         return batches
 
+    def training_step(self, *args: Any, **keywords: Any) -> torch.Tensor:
+        loss = super().training_step(*args, **keywords)
+        self.loss_since_checkpoint += loss
+        return loss
+
     def log(self, logs: dict[str, float], *args: Any, **keywords: Any) -> None:
         super().log({**logs, "supervised_tokens": self.supervised_tokens} if "loss" in logs else logs, *args, **keywords)
+        self._require_finite(loss=logs.get("loss"), grad_norm=logs.get("grad_norm"))
+
+    def _require_finite(self, **numbers: float | None) -> None:
+        """Raises UserError for a number that is not finite: DeepSpeed would skip such steps, and go on without learning."""
+        for name, value in numbers.items():
+            if value is not None and not math.isfinite(value):
+                raise UserError(
+                    f"step {self.state.global_step}: {name} is {value}, the training has diverged. Lower the learning rates or "
+                    f"raise warmup_ratio; remove {self.args.output_dir}, which holds the checkpoints before it, to start over."
+                )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One group for each of language model, projector and vision tower, with and without weight decay."""
@@ -224,6 +241,9 @@ class StageTrainer(Trainer):
             self.write(state, Path(output_dir or str(self.args.output_dir)))
 
     def _save_checkpoint(self, *args: Any, **keywords: Any) -> None:
+        torch.distributed.all_reduce(self.loss_since_checkpoint)
+        self._require_finite(loss=float(self.loss_since_checkpoint))
+        self.loss_since_checkpoint.zero_()
         super()._save_checkpoint(*args, **keywords)
         torch.distributed.barrier()
         if self.args.should_save:

@@ -99,6 +99,14 @@ def _other(folder: Path, llm: Path, pairs: Path) -> Path:
     return folder / "other"
 
 
+@pytest.mark.parametrize("log_every", [1, 100])
+def test_a_diverged_run_stops_and_saves_nothing(pairs: Path, tiny_llm: Path, tmp_path: Path, log_every: int) -> None:
+    settings = replace(tiny_pretrain(pairs, tiny_llm, tmp_path / "run"), log_every=log_every, checkpoint_every=1)
+    with pytest.raises(UserError, match=r"step 2: loss is nan, .* --learning_rate; .*run holds the checkpoints"):
+        pretrain(replace(settings, learning_rate=1e30, warmup_steps=0))
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["step_00000001"]
+
+
 @pytest.mark.parametrize("objective", ["contrastive", "clip"])
 def test_checkpointing_keeps_the_gradients_and_bf16_is_near(
     pairs: Path, tiny_llm: Path, tmp_path: Path, objective: str

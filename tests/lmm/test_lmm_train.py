@@ -150,6 +150,17 @@ def test_one_large_batch_equals_four_accumulated(model: Path, stage2: Path, data
     assert losses(out) == pytest.approx(losses(stage2), rel=1e-5)
 
 
+@pytest.mark.parametrize(("zero_stage", "logging_steps"), [(2, 1), (3, 1), (2, 3)])
+def test_a_diverged_run_stops_and_saves_nothing(
+    zero_stage: int, logging_steps: int, model: Path, data: Path, tmp_path: Path
+) -> None:
+    changes: dict[str, Any] = {"zero_stage": zero_stage, "logging_steps": logging_steps, "save_steps": 1}
+    with pytest.raises(UserError, match=r"step 2: loss is nan, .* remove .*out\.training"):
+        train_stage(model, tmp_path / "out", chat_stage(data, learning_rate=1e30, max_steps=3, **changes))
+    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out.training").glob("checkpoint-*")] == ["checkpoint-1"]
+
+
 def test_projector_has_its_own_learning_rate(model: Path, stage2: Path, data: Path, tmp_path: Path) -> None:
     slow = train_stage(model, tmp_path / "slow", chat_stage(data, projector_learning_rate=1e-7, max_steps=1))
     fast = train_stage(model, tmp_path / "fast", chat_stage(data, projector_learning_rate=1e-2, max_steps=1))
