@@ -5,7 +5,6 @@ The crop and the choice of caption are seeded by (seed, epoch, item), so a batch
 
 from __future__ import annotations
 
-import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from lift.common.images import ImageFault, decode_rgb, image_fault
+from lift.common.preemption import outlive_preemption
 from lift.images import random_resized_crop
 from lift.order import batch_positions
 from lift.settings import PretrainSettings
@@ -143,11 +143,6 @@ class Collate:
         )
 
 
-def _outlive_preemption(worker: int) -> None:
-    """A scheduler's SIGTERM reaches the workers too, whose batches the main process needs to save its step in order."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
 def make_loader(
     pairs: Pairs, settings: PretrainSettings, text_side: TextSide, steps: range, rank: int, world: int
 ) -> DataLoader:
@@ -156,7 +151,7 @@ def make_loader(
         PairDataset(pairs, settings),
         batch_sampler=StepSampler(settings, len(pairs), steps, rank, world),
         num_workers=settings.workers,
-        worker_init_fn=_outlive_preemption,
+        worker_init_fn=outlive_preemption,
         collate_fn=Collate(text_side),
         pin_memory=torch.cuda.is_available(),
         prefetch_factor=2 if settings.workers else None,

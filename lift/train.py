@@ -23,13 +23,13 @@ from transformers import AutoTokenizer
 from lift.common.errors import Preempted, UserError
 from lift.common.files import atomic_folder, sha256_text, write_json
 from lift.common.ledger import DropLedger
+from lift.common.preemption import Votes
 from lift.data import Batch, Pairs, TextSide, make_loader
 from lift.embed import embed_shards, is_store_of
 from lift.export import export_encoder
 from lift.flops import matrix_peak, training_flops
 from lift.model import ClipModel, LiftModel, build_clip, build_lift, parameter_groups
 from lift.order import batch_positions
-from lift.preemption import Votes
 from lift.run_folder import (
     TEXT_ENCODER,
     TOKENIZER,

@@ -19,7 +19,7 @@ from transformers import AutoProcessor, LlavaConfig, LlavaForConditionalGenerati
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from lift.common.environment import describe_environment
-from lift.common.errors import UserError, first_line
+from lift.common.errors import Preempted, UserError, first_line
 from lift.common.files import atomic_folder, read_json, read_jsonl, require_file, require_folder, sha256_text, write_json
 from lift.common.ledger import DropLedger
 from lift.common.settings import save_settings, to_plain
@@ -52,6 +52,7 @@ def train_stage(model: Path, out: Path, settings: StageSettings, replace: bool =
         replace: a finished `out` of other settings or inputs is trained anew and replaced, instead of being an error.
     Raises:
         UserError: unusable model, data or DeepSpeed file, too many dropped samples, or `out` holds something else.
+        Preempted: SIGTERM came; a checkpoint of the last step is there.
     """
     require_folder(model, "a LLaVA model's folder")
     config = deepspeed_config(settings)
@@ -70,8 +71,11 @@ def train_stage(model: Path, out: Path, settings: StageSettings, replace: bool =
     stage = _Stage(model, identity["model_hash"], settings, work, config, rank, world_size)
     started = time.monotonic()
     try:
-        result = stage.trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    except UserError:
+        with stage.trainer.votes:
+            result = stage.trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+        if stage.trainer.preempted:
+            raise Preempted(f"asked to end; saved step {result.global_step}. The same command goes on from there.")
+    except (UserError, Preempted):
         release(stage.trainer)
         raise
     seconds = time.monotonic() - started

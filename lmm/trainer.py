@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lift.common.errors import UserError
 from lift.common.files import read_whole_rows, write_jsonl
+from lift.common.preemption import Votes, outlive_preemption
 from lmm.batches import EpochSampler, make_sampler
 from lmm.checkpoints import mark_complete
 from lmm.packing import attention_of, refuse_leaks
@@ -134,10 +136,18 @@ class StageTrainer(Trainer):
         batches_per_step = args.world_size * settings.gradient_accumulation
         self.sampler = make_sampler(settings, keywords["train_dataset"].rows, batches_per_step)
         self.packing_to_check = settings.packing
+        self.votes = Votes()
+        self.preempted = False
         super().__init__(args=args, **keywords)
         self.add_callback(_EachEpochAndLastStep(self.sampler))
+        self.add_callback(_StopWhenAsked(self))
         if args.process_index == 0:
             self.add_callback(_MetricsFile(Path(str(args.output_dir)) / METRICS, self))
+
+    def get_train_dataloader(self) -> Any:
+        loader: Any = super().get_train_dataloader()
+        loader.base_dataloader.worker_init_fn = partial(_start_worker, loader.base_dataloader.worker_init_fn)
+        return loader
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return self.sampler
@@ -270,6 +280,23 @@ class _EachEpochAndLastStep(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
         if state.global_step >= state.max_steps:
             control.should_log = True
+
+
+def _start_worker(seed: Callable[[int], None], worker: int) -> None:
+    seed(worker)
+    outlive_preemption(worker)
+
+
+class _StopWhenAsked(TrainerCallback):
+    """After a SIGTERM to any process the step is finished and saved, and the training ends with `preempted` set."""
+
+    def __init__(self, trainer: StageTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        asked, _ = self.trainer.votes.count()
+        if asked and state.global_step < state.max_steps:
+            self.trainer.preempted = control.should_save = control.should_training_stop = True
 
 
 class _MetricsFile(TrainerCallback):

@@ -3,10 +3,15 @@ ZeRO-2 and ZeRO-3; and what is on disk at the end of every save loads."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import multiprocessing
+import os
 import random
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,12 +19,20 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_lmm_runs import train_in_this_process
+from tiny_lmm_runs import LAUNCHER, train_in_this_process
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
+from lift.common.settings import save_settings
 from lmm.build import build
 from lmm.checkpoints import COMPLETE, mark_complete, newest_complete, remove_incomplete
-from lmm.settings import BuildSettings, ConversationSource, InstructionTuningSettings, LoraSettings, StageSettings
+from lmm.settings import (
+    BuildSettings,
+    ConversationSource,
+    InstructionTuningSettings,
+    LoraSettings,
+    StageSettings,
+    TrainSettings,
+)
 from lmm.train import load_llava, train_stage
 
 pytest.importorskip("deepspeed")
@@ -87,6 +100,33 @@ def test_killed_at_random_instants_in_six_trials(model: Path, data: Path, tmp_pa
         resumed += records[1]["resumed_from"] is not None
     assert killed >= 3
     assert resumed >= 2
+
+
+def test_preemption_saves_and_asks_to_be_requeued(model: Path, data: Path, tmp_path: Path) -> None:
+    """SIGTERM to the process and its loader's worker; the same command then ends with the weights of a run left alone."""
+    changes: dict[str, Any] = {"max_steps": 40, "workers": 1, "save_steps": 1000}
+    settings = stage(data, "stage2", 2, **changes)
+    cut = tmp_path / "cut"
+    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
+    save_settings(TrainSettings(model=model, out=cut, **values), tmp_path / "cut.yaml")
+    command = [sys.executable, "-m", "lmm", "train", "--config", str(tmp_path / "cut.yaml")]
+    environment = {name: value for name, value in os.environ.items() if name not in LAUNCHER} | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while steps_so_far(cut) < 3:
+        time.sleep(0.02)
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGTERM)
+    _, message = process.communicate()
+    assert process.returncode == 75, message
+    saved = newest_complete(tmp_path / "cut.training", 1)
+    assert saved is not None and not cut.exists()
+    step = int(saved.name.removeprefix("checkpoint-"))
+    assert 3 <= step < 40 and f"stopped: asked to end; saved step {step}." in message.splitlines()[-1]
+    for out in (cut, tmp_path / "whole"):
+        train_stage(model, out, settings)
+    assert json.loads((cut / "train.json").read_text())["resumed_from"] == saved.name
+    one, two = weights(tmp_path / "whole"), weights(cut)
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
 
 
 @pytest.mark.parametrize("kind", ["stage2", "lora"])

@@ -30,7 +30,7 @@ class Votes:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._noted = True
 
-    def count(self, dropped: int) -> tuple[bool, int]:
+    def count(self, dropped: int = 0) -> tuple[bool, int]:
         """Whether any process was asked to end, and the sum of `dropped` over all; all have to call it together."""
         if self._group is None:
             return self._noted, dropped
@@ -38,3 +38,8 @@ class Votes:
         dist.all_reduce(votes, group=self._group)
         self._noted = bool(votes[0])
         return self._noted, int(votes[1])
+
+
+def outlive_preemption(worker: int) -> None:
+    """For a data loader's workers: a scheduler signals them too, but the main process needs their batches to end its step."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
