@@ -22,6 +22,7 @@ SCRIPTS = {
     "pretrain_lift.sh": ("lift", "pretrain"),
     "pretrain_clip.sh": ("lift", "pretrain"),
     "slurm_pretrain_lift.sh": ("lift", "pretrain"),
+    "slurm_train_llava.sh": ("lmm", "train"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The SLURM example as it is, with stand-ins for SLURM's two commands that start its tasks on this machine."""
+"""The SLURM jobs as they are, with stand-ins for SLURM's two commands that start their tasks on this machine."""
 
 from __future__ import annotations
 
@@ -65,8 +65,24 @@ def test_two_tasks_train_one_run(pairs: Path, tiny_llm: Path, tmp_path: Path, cl
     assert not (tmp_path / "requeued").exists()
 
 
-def test_preempted_job_is_put_in_the_queue_again(tmp_path: Path, cluster: dict[str, str]) -> None:
-    (tmp_path / "bin" / "srun").write_text("#!/usr/bin/env bash\nexit 75\n")
-    done = subprocess.run([str(REPOSITORY / "scripts" / "slurm_pretrain_lift.sh")], env=cluster)
-    assert done.returncode == 75
-    assert (tmp_path / "requeued").read_text().split() == ["requeue", cluster["SLURM_JOB_ID"]]
+@pytest.mark.parametrize(
+    ("script", "command"), [("slurm_pretrain_lift.sh", "lift pretrain"), ("slurm_train_llava.sh", "lmm train")]
+)
+@pytest.mark.parametrize(("status", "requeued"), [(75, True), (143, True), (2, False)])
+def test_preempted_job_is_put_in_the_queue_again(
+    script: str, command: str, status: int, requeued: bool, tmp_path: Path, cluster: dict[str, str]
+) -> None:
+    (tmp_path / "bin" / "srun").write_text(f'#!/usr/bin/env bash\nshift 3\necho "$@" > "{tmp_path}/asked"\nexit {status}\n')
+    cluster["RECIPE"] = "recipe.yaml"
+    done = subprocess.run([str(REPOSITORY / "scripts" / script), "--seed", "1"], env=cluster)
+    assert done.returncode == status
+    assert (tmp_path / "asked").read_text().rpartition("' ")[2].split()[-6:] == [
+        *command.split(),
+        "--config",
+        "recipe.yaml",
+        "--seed",
+        "1",
+    ]
+    assert (tmp_path / "requeued").exists() == requeued
+    if requeued:
+        assert (tmp_path / "requeued").read_text().split() == ["requeue", cluster["SLURM_JOB_ID"]]
