@@ -211,7 +211,7 @@ class _Loop:
         """Returns the seconds that training took.
 
         Raises:
-            UserError: the loss is not a number, or too many samples were dropped.
+            UserError: the loss or the gradient norm is not finite, or too many samples were dropped.
             Preempted: SIGTERM came; a checkpoint of the last step is there.
         """
         settings, accelerator = self.settings, self.accelerator

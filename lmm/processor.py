@@ -104,7 +104,7 @@ def add_image_token(tokenizer: Any, rows: int) -> tuple[int, str]:
             f"knowingly: model.resize_token_embeddings({image_id + 1}), saved with its tokenizer."
         )
     if known:
-        return image_id, f"image token {IMAGE_MARKER}: id {image_id}, already in the vocabulary"
+        return image_id, f"image token {IMAGE_MARKER}: id {image_id}, a token of this tokenizer"
     if reused:
         return image_id, f"image token {IMAGE_MARKER}: id {image_id}, of a byte that no text contains"
     return image_id, f"image token {IMAGE_MARKER}: id {image_id}, a spare row of the {rows} embedding rows"

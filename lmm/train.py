@@ -52,7 +52,7 @@ def train_stage(model: Path, out: Path, settings: StageSettings, replace: bool =
         replace: a finished `out` of other settings or inputs is trained anew and replaced, instead of being an error.
     Raises:
         UserError: unusable model, data or DeepSpeed file, too many dropped samples, or `out` holds something else.
-        Preempted: SIGTERM came; a checkpoint of the last step is there.
+        Preempted: SIGTERM came; a checkpoint of the last step is there, or `out` where the training was at its end.
     """
     require_folder(model, "a LLaVA model's folder")
     config = deepspeed_config(settings)
@@ -73,6 +73,7 @@ def train_stage(model: Path, out: Path, settings: StageSettings, replace: bool =
     try:
         with stage.trainer.votes:
             result = stage.trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+            asked_to_end, _ = stage.trainer.votes.count()  # also since the last step
         if stage.trainer.preempted:
             raise Preempted(f"asked to end; saved step {result.global_step}. The same command goes on from there.")
     except (UserError, Preempted):
@@ -97,6 +98,8 @@ def train_stage(model: Path, out: Path, settings: StageSettings, replace: bool =
         "environment": describe_environment(),
     }
     _finish(stage, out, record)
+    if asked_to_end:
+        raise Preempted(f"asked to end; {out} is finished. The same command goes on from there.")
     return out
 
 

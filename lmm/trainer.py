@@ -140,7 +140,7 @@ class StageTrainer(Trainer):
         self.preempted = False
         super().__init__(args=args, **keywords)
         self.add_callback(_EachEpochAndLastStep(self.sampler))
-        self.add_callback(_StopWhenAsked(self))
+        self.add_callback(_AfterEachStep(self))
         if args.process_index == 0:
             self.add_callback(_MetricsFile(Path(str(args.output_dir)) / METRICS, self))
 
@@ -196,16 +196,17 @@ class StageTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **keywords: Any) -> None:
         super().log({**logs, "supervised_tokens": self.supervised_tokens} if "loss" in logs else logs, *args, **keywords)
-        self._require_finite(loss=logs.get("loss"), grad_norm=logs.get("grad_norm"))
+        self._require_finite(logs.get("loss", 0.0))
 
-    def _require_finite(self, **numbers: float | None) -> None:
-        """Raises UserError for a number that is not finite: DeepSpeed would skip such steps, and go on without learning."""
-        for name, value in numbers.items():
-            if value is not None and not math.isfinite(value):
-                raise UserError(
-                    f"step {self.state.global_step}: {name} is {value}, the training has diverged. Lower the learning rates or "
-                    f"raise warmup_ratio; remove {self.args.output_dir}, which holds the checkpoints before it, to start over."
-                )
+    def _require_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise self.diverged(f"a loss of {loss}")
+
+    def diverged(self, found: str) -> UserError:
+        return UserError(
+            f"step {self.state.global_step}: {found}; the training has diverged. Lower the learning rates or raise "
+            f"warmup_ratio, and start over: {self.args.output_dir} holds the checkpoints before it and is to be removed."
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """One group for each of language model, projector and vision tower, with and without weight decay."""
@@ -252,7 +253,7 @@ class StageTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **keywords: Any) -> None:
         torch.distributed.all_reduce(self.loss_since_checkpoint)
-        self._require_finite(loss=float(self.loss_since_checkpoint))
+        self._require_finite(float(self.loss_since_checkpoint))
         self.loss_since_checkpoint.zero_()
         super()._save_checkpoint(*args, **keywords)
         torch.distributed.barrier()
@@ -287,13 +288,16 @@ def _start_worker(seed: Callable[[int], None], worker: int) -> None:
     outlive_preemption(worker)
 
 
-class _StopWhenAsked(TrainerCallback):
-    """After a SIGTERM to any process the step is finished and saved, and the training ends with `preempted` set."""
+class _AfterEachStep(TrainerCallback):
+    """A step that DeepSpeed skipped ends the training; after a SIGTERM to any process it is saved, and `preempted` set."""
 
     def __init__(self, trainer: StageTrainer) -> None:
         self.trainer = trainer
 
     def on_step_end(self, args: Any, state: Any, control: Any, **keywords: Any) -> None:
+        engine: Any = self.trainer.deepspeed
+        if engine.skipped_steps:
+            raise self.trainer.diverged("gradients that are not finite, and a step that DeepSpeed skipped")
         asked, _ = self.trainer.votes.count()
         if asked and state.global_step < state.max_steps:
             self.trainer.preempted = control.should_save = control.should_training_stop = True

@@ -13,7 +13,7 @@ srun_and_requeue() {
         export RANK=$SLURM_PROCID LOCAL_RANK=0
         exec .venv/bin/"$0" "$@"' "$@" || status=$?
     if [ "$status" -eq 75 ] || [ "$status" -eq 143 ]; then  # 143: the signal came before the first step, nothing is lost
-        scontrol requeue "$SLURM_JOB_ID"
+        scontrol requeue "$SLURM_JOB_ID" || true  # the status stays that of the run
     fi
     exit "$status"
 }

@@ -164,7 +164,7 @@ class LiftLlava(lmms):
     def _batches(
         self, requests: list[Instance], docs: list[dict[str, Any]], places: list[int], job: TaskJob | None
     ) -> list[list[int]]:
-        """Places in batches of the same settings and like length, longest first; rows of a group, or image, stay together."""
+        """Places in batches of the same settings and like length, longest first; rows of a group, or image, stand together."""
         by_settings: dict[str, list[int]] = defaultdict(list)
         for place in places:
             by_settings[repr(sorted(requests[place].args[2].items()))].append(place)

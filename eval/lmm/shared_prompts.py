@@ -3,7 +3,8 @@
 Benchmarks ask several things of an image: MMBench one question with its options rotated, POPE, MME and GQA several questions.
 The image's tokens, most of a prompt, then stand at the beginning of each. In: token ids and the features of the images. Out:
 the new tokens, in float32 those of prompts answered one by one. Keys and values of the common beginnings are computed as a
-batch of their own and repeated for their prompts, whose rests follow.
+batch of their own and repeated for their prompts, whose rests follow. A model with layers that attend to a window only, or keep
+a state instead of keys, reads every prompt whole.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from transformers import BatchEncoding, DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 
 class Prompt(NamedTuple):
@@ -30,17 +32,10 @@ def split_prompts(prompts: Sequence[Prompt], image_id: int) -> tuple[list[list[i
 
     A beginning holds every image of its prompts, so that the rests are text, and leaves each prompt at least one token. Prompts
     that differ before the end of their images share nothing.
-
-    Raises:
-        ValueError: an image is the last thing of a prompt.
     """
     alike: dict[tuple[Hashable, ...], list[int]] = defaultdict(list)
     for number, prompt in enumerate(prompts):
-        text_at_end = next((n for n, token in enumerate(reversed(prompt.ids)) if token == image_id), len(prompt.ids))
-        if text_at_end == 0:
-            raise ValueError("a prompt ends with an image: its chat template has no beginning of an answer")
-        up_to_images = tuple(prompt.ids[: len(prompt.ids) - text_at_end])
-        alike[prompt.images + up_to_images].append(number)
+        alike[prompt.images + tuple(prompt.ids[: _end_of_images(prompt, image_id)])].append(number)
     members = list(alike.values())
     lengths = []
     for numbers in members:
@@ -58,12 +53,20 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[Prompt], **settings: 
         tokenizer: pads on the left.
         settings: further arguments of `model.generate`.
     """
-    members, lengths = split_prompts(prompts, model.config.image_token_id)
+    image_id, cache = model.config.image_token_id, DynamicCache(config=model.config.text_config)
+    members, lengths = split_prompts(prompts, image_id)
+    # A layer that looks back over a window, or keeps a state, would meet the padding between beginnings and rests.
+    can_share = all(type(layer) is DynamicLayer for layer in cache.layers)
+    can_share = can_share and all(_end_of_images(prompt, image_id) < len(prompt.ids) for prompt in prompts)
+    if not can_share or len(members) == len(prompts) or not any(lengths):
+        whole = _pad(tokenizer, [prompt.ids for prompt in prompts], model.device)
+        embeds_BTD = _embed(model, whole["input_ids"], prompts)
+        new_BT: torch.Tensor = model.generate(inputs_embeds=embeds_BTD, attention_mask=whole["attention_mask"], **settings)
+        return new_BT
     firsts = [prompts[numbers[0]] for numbers in members]
     begun = _pad(tokenizer, [first.ids[:length] for first, length in zip(firsts, lengths, strict=True)], model.device)
-    cache = DynamicCache(config=model.config.text_config)
     model.model.language_model(
-        inputs_embeds=_embed(model, begun["input_ids"], [each for first in firsts for each in first.features]),
+        inputs_embeds=_embed(model, begun["input_ids"], firsts),
         attention_mask=begun["attention_mask"],
         position_ids=(begun["attention_mask"].cumsum(1) - 1).clamp(min=0),
         past_key_values=cache,
@@ -74,18 +77,23 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[Prompt], **settings: 
     cache.batch_select_indices(torch.tensor(places, device=model.device))
     rests = _pad(tokenizer, [prompt.ids[lengths[place] :] for prompt, place in zip(prompts, places, strict=True)], model.device)
     # Where beginnings or rests differ in length there is padding in the middle; positions are counted by the mask.
-    whole = {key: torch.cat([begun[key][places], rests[key]], 1) for key in ("input_ids", "attention_mask")}
-    tokens_BT = model.generate(**whole, past_key_values=cache, **settings)
-    return tokens_BT[:, whole["input_ids"].shape[1] :]
+    both = {key: torch.cat([begun[key][places], rests[key]], 1) for key in ("input_ids", "attention_mask")}
+    tokens_BT = model.generate(**both, past_key_values=cache, **settings)
+    return tokens_BT[:, both["input_ids"].shape[1] :]
+
+
+def _end_of_images(prompt: Prompt, image_id: int) -> int:
+    """The place after the last token of an image; 0 where there is none."""
+    return next((place for place in range(len(prompt.ids), 0, -1) if prompt.ids[place - 1] == image_id), 0)
 
 
 def _pad(tokenizer: Any, ids: list[list[int]], device: torch.device) -> BatchEncoding:
     return tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(device)
 
 
-def _embed(model: Any, ids_BT: torch.Tensor, features: list[torch.Tensor]) -> torch.Tensor:
+def _embed(model: Any, ids_BT: torch.Tensor, prompts: Sequence[Prompt]) -> torch.Tensor:
     embeds_BTD = model.get_input_embeddings()(ids_BT)
-    if features:
+    if features := [each for prompt in prompts for each in prompt.features]:
         is_image_BT1 = (ids_BT == model.config.image_token_id).unsqueeze(-1)
         embeds_BTD = embeds_BTD.masked_scatter(is_image_BT1, torch.cat(features).to(embeds_BTD.dtype))
     return embeds_BTD

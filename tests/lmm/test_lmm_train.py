@@ -18,12 +18,14 @@ from safetensors.torch import load_file
 from tiny_lmm import make_llm, make_tokenizer
 from transformers import AutoProcessor, GPT2Config, LlamaConfig, LlavaForConditionalGeneration
 
-from lift.common.errors import UserError
+from lift.common.errors import Preempted, UserError
 from lmm.build import build
+from lmm.distributed import CONFIG_FOLDER
 from lmm.finetune import finetune
 from lmm.folders import context_length
 from lmm.settings import BuildSettings, ConversationSource, FinetuneSettings, InstructionTuningSettings, StageSettings
 from lmm.train import train_stage
+from lmm.trainer import StageTrainer
 
 pytest.importorskip("deepspeed")
 torch.set_num_threads(1)
@@ -103,6 +105,28 @@ def test_finetune_trains_both_stages_and_reuses_what_is_finished(tower: Path, ll
     assert written()[:2] == before[:2] and written()[2] != before[2]
 
 
+def test_a_signal_at_the_end_of_stage_1_keeps_stage_2_from_starting(
+    tower: Path, llm: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage1, stage2 = caption_stage(data, max_steps=2), chat_stage(data, max_steps=1)
+    settings = FinetuneSettings(vision_tower=tower, llm=llm, out=tmp_path, stage1=stage1, stage2=stage2)
+    training_step = StageTrainer.training_step
+
+    def signalled(self: StageTrainer, *args: Any, **keywords: Any) -> torch.Tensor:
+        if self.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return training_step(self, *args, **keywords)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageTrainer, "training_step", signalled)
+        with pytest.raises(Preempted, match="stage1 is finished"):
+            finetune(settings)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # ignored until the process ends
+    assert (tmp_path / "stage1" / "train.json").is_file()
+    assert not (tmp_path / "stage1.training").exists() and not list(tmp_path.glob("stage2*"))
+    assert finetune(settings) == tmp_path / "stage2"
+
+
 def test_samples_beyond_the_positions_show_before_stage_1(
     tower: Path, llm: Path, model: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -150,15 +174,43 @@ def test_one_large_batch_equals_four_accumulated(model: Path, stage2: Path, data
     assert losses(out) == pytest.approx(losses(stage2), rel=1e-5)
 
 
-@pytest.mark.parametrize(("zero_stage", "logging_steps"), [(2, 1), (3, 1), (2, 3)])
+@pytest.mark.parametrize(
+    ("fault", "changes", "found"),
+    [
+        ("loss", {}, "gradients that are not finite"),
+        ("loss", {"zero_stage": 3}, "gradients that are not finite"),
+        ("gradient", {}, "gradients that are not finite"),
+        ("gradient", {"zero_stage": 3}, "gradients that are not finite"),
+        ("loss", {"precision": "bf16", "deepspeed": "unchecked.json"}, "a loss of nan"),
+        ("loss", {"precision": "bf16", "deepspeed": "unchecked.json", "logging_steps": 1, "save_steps": 100}, "a loss of nan"),
+    ],
+)
 def test_a_diverged_run_stops_and_saves_nothing(
-    zero_stage: int, logging_steps: int, model: Path, data: Path, tmp_path: Path
+    fault: str, changes: dict[str, Any], found: str, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes: dict[str, Any] = {"zero_stage": zero_stage, "logging_steps": logging_steps, "save_steps": 1}
-    with pytest.raises(UserError, match=r"step 2: loss is nan, .* remove .*out\.training"):
-        train_stage(model, tmp_path / "out", chat_stage(data, learning_rate=1e30, max_steps=3, **changes))
+    """Step 2 has a loss of nan, or a finite one with gradients that are not."""
+    compute_loss = StageTrainer.compute_loss
+
+    def with_fault(self: StageTrainer, module: torch.nn.Module, *args: Any, **keywords: Any) -> Any:
+        loss = compute_loss(self, module, *args, **keywords)
+        if self.state.global_step == 1:
+            nothing = 0 * next(each for each in module.parameters() if each.requires_grad).sum()
+            loss = loss + (nothing / 0 if fault == "loss" else (nothing * nothing).sqrt())
+        return loss
+
+    monkeypatch.setattr(StageTrainer, "compute_loss", with_fault)
+    if "deepspeed" in changes:  # DeepSpeed then takes the step
+        config = json.loads((CONFIG_FOLDER / "zero2.json").read_text())
+        config["bf16"]["check_grad_overflow"] = False
+        (tmp_path / "unchecked.json").write_text(json.dumps(config))
+        changes = changes | {"deepspeed": tmp_path / "unchecked.json"}
+    settings = chat_stage(data, max_steps=3, **({"logging_steps": 3, "save_steps": 1} | changes))
+    with pytest.raises(UserError, match=rf"step 2: {found}.*; the training has diverged.*out\.training holds"):
+        train_stage(model, tmp_path / "out", settings)
     assert not (tmp_path / "out").exists()
-    assert [path.name for path in (tmp_path / "out.training").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert [path.name for path in (tmp_path / "out.training").glob("checkpoint-*")] == (
+        ["checkpoint-1"] if settings.save_steps == 1 else []
+    )
 
 
 def test_projector_has_its_own_learning_rate(model: Path, stage2: Path, data: Path, tmp_path: Path) -> None:
@@ -191,6 +243,7 @@ import lmm.trainer as trainer
 from lmm.quiet import quiet
 from lmm.settings import ConversationSource, InstructionTuningSettings
 from lmm.train import train_stage
+from lmm.trainer import StageTrainer
 quiet()
 arguments = json.loads(sys.argv[1])
 mark = trainer.mark_complete
