@@ -56,13 +56,25 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[Prompt], **settings: 
     image_id, cache = model.config.image_token_id, DynamicCache(config=model.config.text_config)
     members, lengths = split_prompts(prompts, image_id)
     # A layer that looks back over a window, or keeps a state, would meet the padding between beginnings and rests.
-    can_share = all(type(layer) is DynamicLayer for layer in cache.layers)
-    can_share = can_share and all(_end_of_images(prompt, image_id) < len(prompt.ids) for prompt in prompts)
-    if not can_share or len(members) == len(prompts) or not any(lengths):
-        whole = _pad(tokenizer, [prompt.ids for prompt in prompts], model.device)
-        embeds_BTD = _embed(model, whole["input_ids"], prompts)
-        new_BT: torch.Tensor = model.generate(inputs_embeds=embeds_BTD, attention_mask=whole["attention_mask"], **settings)
-        return new_BT
+    takes_padding = all(type(layer) is DynamicLayer for layer in cache.layers)
+    end_in_text = all(_end_of_images(prompt, image_id) < len(prompt.ids) for prompt in prompts)
+    if takes_padding and end_in_text and len(members) < len(prompts) and any(lengths):
+        return _generate_shared(model, tokenizer, prompts, members, lengths, cache, settings)
+    whole = _pad(tokenizer, [prompt.ids for prompt in prompts], model.device)
+    embeds_BTD = _embed(model, whole["input_ids"], prompts)
+    new_BT: torch.Tensor = model.generate(inputs_embeds=embeds_BTD, attention_mask=whole["attention_mask"], **settings)
+    return new_BT
+
+
+def _generate_shared(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    members: list[list[int]],
+    lengths: list[int],
+    cache: DynamicCache,
+    settings: dict[str, Any],
+) -> torch.Tensor:
     firsts = [prompts[numbers[0]] for numbers in members]
     begun = _pad(tokenizer, [first.ids[:length] for first, length in zip(firsts, lengths, strict=True)], model.device)
     model.model.language_model(
