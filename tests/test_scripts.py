@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-ENTRY_POINTS = sorted(path for path in (REPOSITORY / "scripts").glob("*.sh") if path.name != "common.sh")
+SCRIPTS = sorted((REPOSITORY / "scripts").glob("*.sh"))
+ENTRY_POINTS = [path for path in SCRIPTS if not path.name.endswith("common.sh")]
 
 
-@pytest.mark.parametrize("script", [*ENTRY_POINTS, REPOSITORY / "scripts" / "common.sh"], ids=lambda path: path.name)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_script_parses(script: Path) -> None:
     subprocess.run(["bash", "-n", script], check=True)
     assert os.access(script, os.X_OK) == (script in ENTRY_POINTS)

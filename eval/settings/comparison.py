@@ -62,7 +62,7 @@ class CompareSettings:
 
     def __post_init__(self) -> None:
         given(self.out, "out")
-        at_least(self, 100, "resamples")
+        at_least(self, 100, "resamples", prefix="--")
         if self.name_a == self.name_b:
             raise ValueError(f"--name_a and --name_b: expected two different names, found '{self.name_a}' twice.")
 
@@ -93,8 +93,8 @@ class ReportSettings(CompareSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.flips != "all":
-            at_least(self, 0, "flips")
-        at_least(self, 0, "print_cards")
+            at_least(self, 0, "flips", prefix="--")
+        at_least(self, 0, "print_cards", prefix="--")
         if self.max_megabytes <= 0:
             raise ValueError(f"--max_megabytes: expected more than 0, found {self.max_megabytes}.")
         if given(self.out, "out").suffix != ".html":

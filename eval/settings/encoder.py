@@ -69,7 +69,7 @@ class ProbeData:
     """Of the part of the training images on which the strength is chosen."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "neighbours", "iterations", prefix="probe.")
+        at_least(self, 1, "neighbours", "iterations", prefix="--probe.")
         if not self.strengths or not all(0 < strength < float("inf") for strength in self.strengths):
             raise ValueError(f"--probe.strengths: expected positive numbers, found {list(self.strengths)}.")
 
@@ -122,4 +122,4 @@ class EncoderSettings:
     """For the tasks linear_probe and knn."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "batch_size", "workers")
+        at_least(self, 1, "batch_size", "workers", prefix="--")

@@ -69,7 +69,7 @@ class LmmSettings:
 
     def __post_init__(self) -> None:
         given(self.out, "out")
-        at_least(self, 1, "batch_size", "max_new_tokens")
+        at_least(self, 1, "batch_size", "max_new_tokens", prefix="--")
 
 
 @dataclass

@@ -31,7 +31,7 @@ class CostSettings:
             raise ValueError("--lengths: expected at least one caption length, as in [77,128], found none.")
         if min(self.lengths) < 2:
             raise ValueError(f"--lengths: expected at least 2, found {min(self.lengths)}.")
-        at_least(self, 1, "memory_batch_size", "embedding_dim")
+        at_least(self, 1, "memory_batch_size", "embedding_dim", prefix="--")
 
 
 @dataclass
@@ -77,8 +77,8 @@ class TextSettings:
                 f"--low_overlap and --high_overlap: expected 0 <= low < high <= 1, found {self.low_overlap} and "
                 f"{self.high_overlap}."
             )
-        at_least(self, 2, "max_pairs", "max_captions", "max_length")
-        at_least(self, 100, "resamples")
+        at_least(self, 2, "max_pairs", "max_captions", "max_length", prefix="--")
+        at_least(self, 100, "resamples", prefix="--")
         if self.captions is not None and self.captions_format is None:
             formats: dict[str, Literal["lines", "jsonl", "coco"]] = {".txt": "lines", ".jsonl": "jsonl", ".json": "coco"}
             if self.captions.suffix not in formats:

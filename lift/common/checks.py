@@ -19,7 +19,7 @@ def at_least(settings: Any, least: int, *names: str, prefix: str = "") -> None:
     """Raises ValueError for the first of the named settings that is given and below `least`.
 
     Args:
-        prefix: of the names in the message, as `probe.`.
+        prefix: of the names in the message, as `--probe.`.
     """
     for name in names:
         value = getattr(settings, name)
