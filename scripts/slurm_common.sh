@@ -4,7 +4,7 @@
 # saves a checkpoint and exits with status 75; the job then puts itself in the queue again, and goes on from there.
 srun_and_requeue() {
     local nodes status=0
-    nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    nodes=$(scontrol show hostnames "${SLURM_JOB_NODELIST:?is set by SLURM: start this script with sbatch}")
     export MASTER_ADDR=${nodes%%$'\n'*}
     export MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
     export WORLD_SIZE=$SLURM_NTASKS OMP_NUM_THREADS=1

@@ -86,3 +86,10 @@ def test_preempted_job_is_put_in_the_queue_again(
     assert (tmp_path / "requeued").exists() == requeued
     if requeued:
         assert (tmp_path / "requeued").read_text().split() == ["requeue", cluster["SLURM_JOB_ID"]]
+
+
+@pytest.mark.parametrize("script", ["slurm_pretrain_lift.sh", "slurm_train_llava.sh"])
+def test_outside_slurm_the_message_says_how_to_start(script: str) -> None:
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    done = subprocess.run([str(REPOSITORY / "scripts" / script)], cwd=REPOSITORY, env=outside, capture_output=True, text=True)
+    assert done.returncode != 0 and "start this script with sbatch" in done.stderr.splitlines()[-1]
